@@ -1,0 +1,617 @@
+"""The one abstraction: an invertible map with its log-determinant, context optional, at home in Pyro.
+
+A subclass of :class:`Bijection` writes two methods; everything Pyro and PyTorch expect of a transform (calls,
+``log_abs_det_jacobian``, ``inv``, ``condition``, shapes, copies, caching) is written here once.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform, ConditionalTransformModule
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.transforms import ComposeTransform, Transform
+from torch.distributions.utils import _sum_rightmost
+
+__all__ = ["Bijection", "Compose", "Inverse", "as_bijection"]
+
+
+class Bijection(TransformModule):
+    r"""An invertible, differentiable map :math:`y = f(x; c)` from noise x to data y.
+
+    Shapes: x and y are ``(*batch, *event)``, the context c is ``(*batch, context_dim)``; batches broadcast. Every
+    log-determinant has exactly the batch shape. dtype and device are those of the input and the parameters.
+
+    With ``context_dim=0`` it is a transform. With ``context_dim > 0`` it is a family of transforms, one for each
+    context: ``condition(c)`` returns the member, which shares every parameter.
+
+    A call remembers its value and log-determinant, so that Pyro's pair of calls costs one evaluation. The memory
+    is dropped as soon as it could be wrong: after a backward pass through it, when a parameter, a buffer or one of
+    the tensors has changed, or when gradients are wanted that it lacks.
+
+    Args:
+        event_shape: Shape of x without its batch; ``None`` leaves the size open.
+        context_dim: Number of context features; 0 for none.
+
+    Raises:
+        ValueError: If ``context_dim`` is negative.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+    cheaper_inverse = False  #: whether data-to-noise costs fewer network calls than noise-to-data
+
+    _context: Tensor | None = None
+    _entry: "_Entry | None" = None
+    _inverse_ref: "weakref.ref[Inverse] | None" = None
+
+    def __init__(self, event_shape: Sequence[int] | None = None, *, context_dim: int = 0) -> None:
+        super().__init__()
+        if context_dim < 0:
+            raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
+        self.event_shape = None if event_shape is None else torch.Size(event_shape)
+        self.context_dim = context_dim
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return y and log|det dy/dx|, shape batch (or broadcastable to it)."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward direction")
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x and log|det dx/dy|, shape batch (or broadcastable to it)."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse direction")
+
+    def _step(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Either direction, inputs unchecked: for bijections made of bijections."""
+        context = context if self.context_dim else None
+        if inverse:
+            return self._inverse_and_log_det(value, context)
+        return self._forward_and_log_det(value, context)
+
+    # ------------------------------------------------------------------------------------------ value and log-det
+
+    def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``f(x)`` and ``log|det df/dx|`` from one evaluation, past any memory of earlier calls."""
+        return self._evaluate(x, inverse=False)
+
+    def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the x with ``f(x) = y`` and ``log|det dx/dy|`` from one evaluation."""
+        return self._evaluate(y, inverse=True)
+
+    def _evaluate(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        event_dim = (self.codomain if inverse else self.domain).event_dim
+        self._check(value, event_dim, inverse)
+        context = self._context
+        if context is not None:
+            batch = self._broadcast(value.shape, event_dim)
+            value = value.expand(batch + value.shape[value.dim() - event_dim :])
+        out, log_det = self._step(value, context, inverse)
+        return out, log_det.expand(value.shape[: value.dim() - event_dim])
+
+    def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
+        if self.context_dim and self._context is None:
+            raise RuntimeError(
+                f"{type(self).__name__} needs a context of shape (..., {self.context_dim}): "
+                "call .condition(context) first"
+            )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__} expects floating-point values; got {value.dtype}. "
+                "Convert them, e.g. x.float()"
+            )
+        expected = self.event_shape
+        if expected is not None and inverse:
+            expected = self._map_shape(expected, inverse=False)
+        given = value.shape[max(0, value.dim() - event_dim) :]
+        if len(given) < event_dim or (expected is not None and given != expected):
+            want = ["..."] + ([str(n) for n in expected] if expected else ["*"] * event_dim)
+            raise ValueError(
+                f"{type(self).__name__} expects values of shape ({', '.join(want)}); "
+                f"got {tuple(value.shape)}"
+            )
+        if not torch.compiler.is_compiling():
+            self._check_kind(value)
+
+    def _check_kind(self, value: Tensor) -> None:
+        own = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if own is None or (own.dtype == value.dtype and own.device == value.device):
+            return
+        if own.device == value.device and torch.is_autocast_enabled(value.device.type):
+            return
+        raise ValueError(
+            f"{type(self).__name__} has parameters of {own.dtype} on {own.device}; got values of "
+            f"{value.dtype} on {value.device}. Convert one of them, e.g. with .to(values)"
+        )
+
+    # ------------------------------------------------------------------------------------------ torch's protocol
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return y = f(x)."""
+        return self._recall(x, inverse=False)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._recall(y, inverse=True)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._evaluate(x, inverse=False)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._evaluate(y, inverse=True)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return log|det dy/dx| at a pair with y = f(x), shape batch; free right after the call that made it."""
+        entry = self._entry
+        if entry is not None:
+            log_det = entry.log_det_of(self, x, y)
+            if log_det is not None:
+                return log_det
+        if self.cheaper_inverse:
+            return -self._evaluate(y, inverse=True)[1]
+        return self._evaluate(x, inverse=False)[1]
+
+    def _recall(self, value: Tensor, inverse: bool) -> Tensor:
+        """Return the other side of ``value``: remembered if that is sure to be right, else computed."""
+        if _untracked():
+            return self._evaluate(value, inverse)[0]
+        entry = self._entry
+        if entry is not None:
+            known = entry.other_side_of(self, value, inverse)
+            if known is not None:
+                return known
+        out, log_det = self._evaluate(value, inverse)
+        if out is not value and not out.is_inference():
+            # past nn.Module.__setattr__, and in one assignment: threads see the old entry or the new one
+            self.__dict__["_entry"] = _Entry(self, value, out, log_det, inverse)
+        return out
+
+    def with_cache(self, cache_size: int = 1) -> "Bijection":
+        """Return self: the memory of the last call is always right, so it needs no switch."""
+        return self
+
+    def clear_cache(self) -> None:
+        """Forget the last call. Never needed; Pyro's distributions may call it."""
+        self.__dict__.pop("_entry", None)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Return the shape of y for x of ``shape``, broadcast against the context's batch."""
+        shape = self._map_shape(torch.Size(shape), inverse=False)
+        return self._broadcast_shape(shape, self.codomain.event_dim)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Return the shape of x for y of ``shape``, broadcast against the context's batch."""
+        shape = self._map_shape(torch.Size(shape), inverse=True)
+        return self._broadcast_shape(shape, self.domain.event_dim)
+
+    def _map_shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        """Shape of the result for an input of ``shape``, context aside; overridden where events change shape."""
+        return shape
+
+    def _broadcast_shape(self, shape: torch.Size, event_dim: int) -> torch.Size:
+        if self._context is None:
+            return shape
+        return self._broadcast(shape, event_dim) + shape[len(shape) - event_dim :]
+
+    def _broadcast(self, shape: torch.Size, event_dim: int) -> torch.Size:
+        """Return the common batch shape of a value of ``shape`` and the context."""
+        batch, context = shape[: len(shape) - event_dim], self._context
+        if context is None:
+            return batch
+        try:
+            return torch.broadcast_shapes(batch, context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"{type(self).__name__}: a batch {tuple(batch)} of values does not broadcast with a context "
+                f"of shape {tuple(context.shape)}"
+            ) from None
+
+    # ------------------------------------------------------------------------------------------ views
+
+    @property
+    def inv(self) -> "Bijection":
+        """The inverse, a module with the same parameters; ``t.inv.inv is t``."""
+        inverse = self._inverse_ref() if self._inverse_ref is not None else None
+        if inverse is None:
+            inverse = Inverse(self)
+        return inverse
+
+    def condition(self, context: Tensor) -> "Bijection":
+        """Fix the context: return a view that shares every parameter and buffer.
+
+        A bijection without context is a constant family and returns itself.
+
+        Args:
+            context: Shape ``(*batch, context_dim)``; its batch broadcasts against that of x.
+
+        Raises:
+            ValueError: If the last size of ``context`` is not ``context_dim``.
+        """
+        if not self.context_dim:
+            return self
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"{type(self).__name__} expects a context of shape (..., {self.context_dim}); "
+                f"got {tuple(context.shape)}"
+            )
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.__dict__.update(_context=context, _entry=None, _inverse_ref=None)
+        return view
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for memory in ("_entry", "_inverse_ref"):
+            state.pop(memory, None)
+        return state
+
+    __repr__ = nn.Module.__repr__
+
+    def extra_repr(self) -> str:
+        """Say what is particular, for ``repr``."""
+        return f"context_dim={self.context_dim}" if self.context_dim else ""
+
+
+# For isinstance; inheriting would bring the ABC metaclass, which forbids PyroModule[Bijection].
+ConditionalTransformModule.register(Bijection)
+
+
+class Inverse(Bijection):
+    """A bijection read backwards: the same parameters and the same memory of calls.
+
+    Args:
+        transform: The bijection to invert; ``t.inv`` is the short form.
+    """
+
+    def __init__(self, transform: Bijection) -> None:
+        super().__init__(context_dim=transform.context_dim)
+        self.transform = transform
+        # weak: a module cycle would make .to() recurse for ever
+        transform.__dict__["_inverse_ref"] = weakref.ref(self)
+        if transform.event_shape is not None:
+            self.event_shape = transform._map_shape(transform.event_shape, inverse=False)
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        """What the transform maps to."""
+        return self.transform.codomain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        """What the transform maps from."""
+        return self.transform.domain
+
+    @property
+    def cheaper_inverse(self) -> bool:  # type: ignore[override]
+        """Whether the transform itself is the cheaper direction."""
+        return not self.transform.cheaper_inverse
+
+    @property
+    def sign(self) -> int:
+        """Sign of the determinant, where the transform has one."""
+        return self.transform.sign
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_log_det(x, context)
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.transform._forward_and_log_det(y, context)
+
+    def _evaluate(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self.transform._evaluate(value, not inverse)
+
+    def _recall(self, value: Tensor, inverse: bool) -> Tensor:
+        return self.transform._recall(value, not inverse)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return log|det dy/dx| at a pair with y = f(x), shape batch."""
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Return the shape of y for x of ``shape``."""
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Return the shape of x for y of ``shape``."""
+        return self.transform.forward_shape(shape)
+
+    def _map_shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        return self.transform._map_shape(shape, not inverse)
+
+    @property
+    def inv(self) -> Bijection:
+        """The transform itself."""
+        reference = self.transform._inverse_ref
+        if reference is None or reference() is None:  # after deepcopy or pickle
+            self.transform.__dict__["_inverse_ref"] = weakref.ref(self)
+        return self.transform
+
+    def condition(self, context: Tensor) -> Bijection:
+        """Fix the context: the inverse of the transform's view."""
+        return self.transform.condition(context).inv if self.context_dim else self
+
+
+class Compose(Bijection):
+    r"""The parts one after the other: :math:`f = f_n \circ \dots \circ f_1`, noise side first.
+
+    One sweep gives the value and the log-determinant; its cost is the sum of its parts'. Parts of different event
+    dimension are allowed under PyTorch's rule: log-determinants of narrower parts are summed over the rest of the
+    event.
+
+    Args:
+        parts: Bijections, or any transform that :func:`as_bijection` takes; parts without context ignore it.
+
+    Raises:
+        ValueError: If there are no parts, or neighbours disagree on the event shape or on ``context_dim``.
+    """
+
+    def __init__(self, parts: Sequence[Transform | Bijection]) -> None:
+        members = [as_bijection(part) for part in parts]
+        if not members:
+            raise ValueError("Compose needs at least one part; got none")
+        dims = sorted({part.context_dim for part in members if part.context_dim})
+        if len(dims) > 1:
+            raise ValueError(f"Compose: parts disagree on context_dim: {dims}")
+        super().__init__(_chain_shape(members), context_dim=dims[0] if dims else 0)
+        self.parts = nn.ModuleList(members)
+        self.domain, self.codomain, self._extra_dims = _chain_dims(members)
+
+    @property
+    def cheaper_inverse(self) -> bool:  # type: ignore[override]
+        """Whether more parts are cheaper backwards than not."""
+        return 2 * sum(part.cheaper_inverse for part in self.parts) > len(self.parts)
+
+    @property
+    def sign(self) -> int:
+        """Product of the parts' signs."""
+        sign = 1
+        for part in self.parts:
+            sign = sign * part.sign
+        return sign
+
+    def _sweep(
+        self, value: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        steps = list(zip(self.parts, self._extra_dims, strict=True))
+        total: Tensor | None = None
+        for part, extra in reversed(steps) if inverse else steps:
+            value, log_det = part._step(value, context, inverse)
+            log_det = _sum_rightmost(log_det, extra)
+            total = log_det if total is None else total + log_det
+        return value, total
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._sweep(x, context, inverse=False)
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._sweep(y, context, inverse=True)
+
+    def _map_shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        for part in reversed(self.parts) if inverse else self.parts:
+            shape = part._map_shape(shape, inverse)
+        return shape
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return iter(self.parts)
+
+    def __getitem__(self, index: int) -> Bijection:
+        return self.parts[index]
+
+
+def _chain_shape(parts: Sequence[Bijection]) -> torch.Size | None:
+    """Shape of an event entering the chain if it is known; neighbours are checked on the way."""
+    entering: torch.Size | None = None
+    shape: torch.Size | None = None
+    for i, part in enumerate(parts):
+        if shape is None and part.event_shape is not None:
+            shape = part.event_shape
+            entering = shape if i == 0 or _keep_shape(parts[:i]) else None
+        elif shape is not None and part.event_shape is not None:
+            n = min(len(shape), len(part.event_shape))
+            if shape[len(shape) - n :] != part.event_shape[len(part.event_shape) - n :]:
+                raise ValueError(
+                    f"Compose: part {i - 1} ({type(parts[i - 1]).__name__}) gives events of shape "
+                    f"{tuple(shape)}, but part {i} ({type(part).__name__}) expects "
+                    f"{tuple(part.event_shape)}"
+                )
+            if len(part.event_shape) > len(shape):
+                shape = entering = part.event_shape
+        if shape is not None:
+            shape = part._map_shape(shape, inverse=False)
+    return entering
+
+
+def _keep_shape(parts: Sequence[Bijection]) -> bool:
+    return all(type(part)._map_shape is Bijection._map_shape for part in parts)
+
+
+def _chain_dims(
+    parts: Sequence[Bijection],
+) -> tuple[constraints.Constraint, constraints.Constraint, list[int]]:
+    """Domain, codomain, and for each part the event axes to its left that its log-determinant is summed over."""
+    whole = ComposeTransform(list(parts))
+    event_dim, extra = whole.domain.event_dim, []
+    for part in parts:
+        extra.append(event_dim - part.domain.event_dim)
+        event_dim += part.codomain.event_dim - part.domain.event_dim
+    return whole.domain, whole.codomain, extra
+
+
+class _Wrapped(Bijection):
+    """Any torch or Pyro transform as a :class:`Bijection`; a conditional one is conditioned at every call."""
+
+    def __init__(self, transform: Any, context_dim: int = 0) -> None:
+        super().__init__(context_dim=context_dim)
+        self.transform = transform
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    @property
+    def sign(self) -> int:
+        return self.transform.sign
+
+    def _member(self, context: Tensor | None) -> Transform:
+        return self.transform if context is None else self.transform.condition(context)
+
+    # A fresh view of the input never meets what the transform itself cached.
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        transform, x = self._member(context), x.view_as(x)
+        y = transform(x)
+        return y, transform.log_abs_det_jacobian(x, y)
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        transform, y = self._member(context), y.view_as(y)
+        x = transform.inv(y)
+        return x, -transform.log_abs_det_jacobian(x, y)
+
+    def _map_shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        if self.context_dim:
+            return shape
+        mapped = self.transform.inverse_shape if inverse else self.transform.forward_shape
+        return torch.Size(mapped(shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Wrapped":
+        super()._apply(fn, recurse)
+        _apply_to_plain_tensors(self.transform, fn)
+        return self
+
+
+def _apply_to_plain_tensors(transform: Any, fn: Callable[[Tensor], Tensor]) -> None:
+    """Move the tensors of a transform that is no module, such as ``AffineTransform(loc, scale)``."""
+    for name, value in vars(transform).items():
+        if isinstance(value, Tensor):
+            vars(transform)[name] = fn(value)
+        elif name == "_cached_x_y":
+            vars(transform)[name] = (None, None)
+        elif name in ("parts", "_inv", "base_transform") and not isinstance(transform, nn.Module):
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, Transform) and (name != "_inv" or type(transform).__name__ == "_InverseTransform"):
+                    _apply_to_plain_tensors(inner, fn)
+
+
+def as_bijection(
+    transform: Transform | ConditionalTransform, context_dim: int | None = None
+) -> Bijection:
+    """Return ``transform`` as a :class:`Bijection`: itself if it is one, else wrapped.
+
+    Args:
+        transform: A bijective torch or Pyro transform, or a conditional one of Pyro's.
+        context_dim: Number of context features of a conditional transform.
+
+    Raises:
+        TypeError: If ``transform`` is no bijective transform.
+        ValueError: If a conditional transform of Pyro's comes without ``context_dim``.
+    """
+    if isinstance(transform, Bijection):
+        return transform
+    if isinstance(transform, ConditionalTransform):
+        if not context_dim:
+            raise ValueError(
+                f"as_bijection needs context_dim= for the conditional {type(transform).__name__}"
+            )
+        return _Wrapped(transform, context_dim)
+    if not isinstance(transform, Transform):
+        raise TypeError(f"as_bijection expects a transform; got {type(transform).__name__}")
+    if not transform.bijective:
+        raise TypeError(
+            f"as_bijection expects a bijective transform; {type(transform).__name__} is not"
+        )
+    return _Wrapped(transform)
+
+
+# ---------------------------------------------------------------------------------------------- memory of one call
+
+
+def _untracked() -> bool:
+    """Whether Python objects are no guide to values here: under torch.compile and torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+class _Entry:
+    """One evaluation: input, output (weakly held) and log-determinant, with all that makes them valid.
+
+    Whoever holds the output holds its graph, so nothing is kept alive for the memory's sake. A backward pass
+    through the evaluation ends the entry: its graph may be freed, and a parameter update is near (also one through
+    ``.data``, which leaves no other trace).
+    """
+
+    __slots__ = ("input", "output", "log_det", "is_inverse", "grad", "state", "tensors", "stamp", "alive")
+
+    def __init__(
+        self, owner: Bijection, value: Tensor, out: Tensor, log_det: Tensor, inverse: bool
+    ) -> None:
+        self.input, self.log_det, self.is_inverse = value, log_det, inverse
+        self.grad = torch.is_grad_enabled()
+        self.state = _state(value, out)
+        self.tensors = list(_tensors(owner))  # strong, so that no id is used twice
+        self.stamp = _stamp(self.tensors)
+        self.alive = alive = [True]
+        for node in {out.grad_fn, log_det.grad_fn} - {None, value.grad_fn}:
+            node.register_prehook(lambda grads: alive.clear())
+        owner_ref = weakref.ref(owner)
+
+        def forget(reference: "weakref.ref[Tensor]") -> None:
+            module = owner_ref()
+            if module is not None and module._entry is not None:
+                if module._entry.output is reference:
+                    module.__dict__["_entry"] = None
+
+        self.output = weakref.ref(out, forget)
+
+    def other_side_of(self, owner: Bijection, value: Tensor, inverse: bool) -> Tensor | None:
+        """Return f(value), or the inverse of it, if this entry knows it."""
+        out = self.output()
+        if out is None or value is not (self.input if self.is_inverse == inverse else out):
+            return None
+        if not self._valid(owner, out):
+            return None
+        return out if self.is_inverse == inverse else self.input
+
+    def log_det_of(self, owner: Bijection, x: Tensor, y: Tensor) -> Tensor | None:
+        """Return log|det dy/dx| if (x, y) is the pair of this entry."""
+        out = self.output()
+        value, other = (y, x) if self.is_inverse else (x, y)
+        if out is None or self.input is not value or out is not other:
+            return None
+        if not self._valid(owner, out):
+            return None
+        return -self.log_det if self.is_inverse else self.log_det
+
+    def _valid(self, owner: Bijection, out: Tensor) -> bool:
+        if not self.alive or (torch.is_grad_enabled() and not self.grad):
+            return False
+        return self.state == _state(self.input, out) and self.stamp == _stamp(_tensors(owner))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Every parameter and buffer below ``module``; a plain walk, several times faster than ``parameters()``."""
+    stack = [module]
+    while stack:
+        inner = stack.pop().__dict__
+        for tensor in inner["_parameters"].values():
+            if tensor is not None:
+                yield tensor
+        for tensor in inner["_buffers"].values():
+            if tensor is not None:
+                yield tensor
+        stack.extend(child for child in inner["_modules"].values() if child is not None)
+
+
+def _stamp(tensors: Any) -> list[tuple[int, int, bool]]:
+    return [
+        (id(t), 0 if t.is_inference() else t._version, t.requires_grad) for t in tensors
+    ]
+
+
+def _state(*pair: Tensor) -> list[tuple[int, bool]]:
+    return [(-1 if t.is_inference() else t._version, t.requires_grad) for t in pair]
