@@ -1,0 +1,151 @@
+"""A file imports only from its own floor and those below: the plan, read off the imports."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "pyroflows"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# The first word of a file's name, up to "_", decides: density_schema.py lives with density.py.
+FLOORS = {
+    "scalar": 0, "splines": 0, "numerics": 0,
+    "bijection": 1, "conditioners": 1,
+    "transforms": 2, "bases": 2,
+    "flow": 3, "dequantization": 3,
+    "recipes": 4, "training": 4,
+    "guides": 5, "tables": 5, "density": 5,
+    "diagnostics": 6, "plots": 6, "cli": 6,
+}  # fmt: skip
+
+# Third-party packages by floor; what a floor may use, those above may use too.
+NEW_PACKAGES = {
+    0: {"torch"},
+    1: {"pyro"},
+    4: {"numpy", "tqdm"},
+    5: {"pandas", "arviz", "sklearn", "safetensors", "pyarrow"},
+    6: {"matplotlib"},
+}
+ONLY_WHERE_USED = {"pandas", "arviz", "sklearn", "safetensors", "pyarrow", "matplotlib"}
+TORCH_ONLY = {"conditioners"}
+
+
+def first_word(dotted):
+    return dotted.removeprefix("pyroflows.").split(".")[0].split("_")[0]
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imports(path):
+    """``(dotted name, line, runs at import)`` of every import in a file, relative ones resolved."""
+    package = path.relative_to(PACKAGE.parent).parent.parts
+
+    def visit(node, runs):
+        match node:
+            case ast.Import(names=names):
+                yield from ((alias.name, node.lineno, runs) for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                base = (
+                    ".".join([*package[: len(package) - level + 1], *filter(None, [module])])
+                    if level
+                    else module
+                )
+                for alias in names:
+                    inner = f"{base}.{alias.name}"
+                    yield (inner if inner in MODULES else base), node.lineno, runs
+            case _:
+                lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
+                    isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+                )
+                for child in ast.iter_child_nodes(node):
+                    yield from visit(child, runs and not lazy)
+
+    yield from visit(ast.parse(path.read_text()), True)
+
+
+def inside(path):
+    return ((n, line, runs) for n, line, runs in imports(path) if n.split(".")[0] == "pyroflows")
+
+
+def outside(path):
+    known = sys.stdlib_module_names | {"pyroflows"}
+    return (
+        (name.split(".")[0], line, runs)
+        for name, line, runs in imports(path)
+        if name.split(".")[0] not in known
+    )
+
+
+with_a_floor = pytest.mark.parametrize(
+    "module", [name for name in MODULES if name != "pyroflows"], ids=lambda name: name
+)
+
+
+@with_a_floor
+def test_imports_only_from_lower_floors(module):
+    word = first_word(module)
+    assert word in FLOORS, f"{module} has no floor: add it to FLOORS, where design puts it"
+    wrong = [
+        f"line {line}: {name} (floor {FLOORS[first_word(name)]})"
+        for name, line, _ in inside(MODULES[module])
+        if name == "pyroflows" or FLOORS[first_word(name)] > FLOORS[word]
+    ]
+    assert not wrong, f"{module} is on floor {FLOORS[word]} and imports {wrong}"
+
+
+@with_a_floor
+def test_third_party_imports(module):
+    floor = 0 if first_word(module) in TORCH_ONLY else FLOORS[first_word(module)]
+    allowed = set().union(*(names for new, names in NEW_PACKAGES.items() if new <= floor))
+    wrong = [f"line {line}: {n}" for n, line, _ in outside(MODULES[module]) if n not in allowed]
+    assert not wrong, f"floor {floor} may import {sorted(allowed)}; {module} imports {wrong}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_heavy_packages_are_imported_where_used(module):
+    wrong = [
+        f"line {line}: {name}"
+        for name, line, runs in outside(MODULES[module])
+        if runs and name in ONLY_WHERE_USED
+    ]
+    assert not wrong, f"{module} imports {wrong} when it is imported itself"
+
+
+def test_no_import_cycles():
+    below = {
+        name: {target for target, _, runs in inside(path) if runs and target in MODULES} - {name}
+        for name, path in MODULES.items()
+        if name != "pyroflows"
+    }
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, f"import cycle: {' -> '.join([*path, module])}"
+        if module not in done:
+            path.append(module)
+            for target in sorted(below.get(module, ())):
+                visit(target)
+            done.add(path.pop())
+
+    for module in below:
+        visit(module)
+
+
+def test_every_file_says_what_it_exports():
+    missing = [
+        name
+        for name, path in MODULES.items()
+        if not any(
+            isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
+            for node in ast.parse(path.read_text()).body
+        )
+    ]
+    assert not missing, f"no __all__ in {missing}"
