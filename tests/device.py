@@ -228,7 +228,7 @@ def _available():
 
 
 class FakeGPU(TorchDispatchMode):
-    """``with FakeGPU():`` the device ``fakegpu`` exists for factories, ``.to()`` and operations."""
+    """``with FakeGPU():`` the device ``fakegpu`` exists, for factories, ``.to()``, operations."""
 
     def __enter__(self):
         _register()

@@ -45,7 +45,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imports(path):
-    """``(dotted name, line, runs at import)`` of every import in a file, relative ones resolved."""
+    """``(dotted name, line, runs at import)`` of every import, relative ones resolved."""
     package = path.relative_to(PACKAGE.parent).parent.parts
 
     def visit(node, runs):
