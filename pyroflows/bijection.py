@@ -89,7 +89,7 @@ class Bijection(TransformModule):
             batch = self._broadcast(value.shape, event_dim)
             value = value.expand(batch + value.shape[value.dim() - event_dim :])
         out, log_det = self._step(value, context, inverse)
-        return out, log_det.expand(value.shape[: value.dim() - event_dim])
+        return out, _show_nan(out, log_det.expand(value.shape[: value.dim() - event_dim]))
 
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
         if self.context_dim and self._context is None:
@@ -158,7 +158,7 @@ class Bijection(TransformModule):
             return self._evaluate(value, inverse)[0]
         entry = self._entry
         if entry is not None:
-            known = entry.other_side_of(self, value, inverse)
+            known = entry.input_of(self, value, inverse)
             if known is not None:
                 return known
         out, log_det = self._evaluate(value, inverse)
@@ -537,12 +537,20 @@ def _untracked() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def _show_nan(out: Tensor, log_det: Tensor) -> Tensor:
+    """A row with NaN in its value has NaN for its log-determinant, and no other row has."""
+    nan = out.isnan()
+    if out.dim() > log_det.dim():
+        nan = nan.flatten(log_det.dim()).any(-1)
+    return torch.where(nan, torch.nan, log_det)
+
+
 class _Entry:
     """One evaluation: input, output (weakly held) and log-determinant, with all that makes them valid.
 
-    Whoever holds the output holds its graph, so nothing is kept alive for the memory's sake. A backward pass
-    through the evaluation ends the entry: its graph may be freed, and a parameter update is near (also one through
-    ``.data``, which leaves no other trace).
+    It is found only through the output: whoever holds that holds its graph, so nothing is kept alive for the
+    memory's sake. A backward pass through the evaluation ends the entry: its graph may be freed, and a parameter
+    update is near (also one through ``.data``, which leaves no other trace).
     """
 
     __slots__ = ("input", "output", "log_det", "is_inverse", "grad", "state", "tensors", "stamp", "alive")
@@ -568,14 +576,11 @@ class _Entry:
 
         self.output = weakref.ref(out, forget)
 
-    def other_side_of(self, owner: Bijection, value: Tensor, inverse: bool) -> Tensor | None:
-        """Return f(value), or the inverse of it, if this entry knows it."""
-        out = self.output()
-        if out is None or value is not (self.input if self.is_inverse == inverse else out):
+    def input_of(self, owner: Bijection, out: Tensor, inverse: bool) -> Tensor | None:
+        """Return what ``out`` was made from, if this entry made it in the direction opposite to ``inverse``."""
+        if self.is_inverse == inverse or self.output() is not out or not self._valid(owner, out):
             return None
-        if not self._valid(owner, out):
-            return None
-        return out if self.is_inverse == inverse else self.input
+        return self.input
 
     def log_det_of(self, owner: Bijection, x: Tensor, y: Tensor) -> Tensor | None:
         """Return log|det dy/dx| if (x, y) is the pair of this entry."""

@@ -13,6 +13,7 @@ Splines, which are longer, live in :mod:`pyroflows.splines` under the same contr
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 __all__ = ["Affine", "ScalarMap", "Scale", "Shift"]
@@ -43,7 +44,7 @@ class Shift:
         """Return y and its log-slope 0."""
         (shift,) = params
         y = x + shift
-        return y, y * 0  # NaN stays NaN
+        return y, torch.zeros_like(y)
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and its log-slope 0."""
