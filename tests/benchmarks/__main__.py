@@ -135,7 +135,7 @@ def main() -> None:
 
     columns = [*BUILDERS, FLOOR]
     lines = [
-        f"Milliseconds of CPU time on one thread, batch {BATCH}; in brackets the ratio to pyroflows.",
+        f"Milliseconds of CPU time on one thread, batch {BATCH}; in brackets, over pyroflows.",
         "",
         "| | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",

@@ -193,7 +193,7 @@ BUILDERS: dict[str, Callable[[str, int], Model | None]] = {
 
 
 def matrix_products(kind: str, dim: int, batch: int, backward: bool) -> Callable[[], None]:
-    """Only the products of the networks' layers, into memory that is there: the floor of the cost."""
+    """Only the products of the networks' layers, into memory that is there: the floor of all."""
     inputs, moved = (dim, dim) if kind == "maf" else (dim // 2, dim - dim // 2)
     widths = [inputs, *HIDDEN, moved * SCALAR_PARAMS[kind]]
     layers = []
