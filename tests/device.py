@@ -145,6 +145,9 @@ class _FakeTensor(torch.Tensor):
     def __repr__(self, **kwargs):
         return f"FakeGPU({self.raw!r})"
 
+    def tolist(self):
+        return self.raw.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _dispatch(func, args, kwargs or {})

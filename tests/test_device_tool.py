@@ -127,6 +127,7 @@ def test_factories():
             assert tensor.device == torch.device("fakegpu", 0)
             assert tensor.cpu().device.type == "cpu"
         assert torch.ones((), device="fakegpu").item() == 1.0
+        assert torch.ones(2, device="fakegpu").tolist() == [1.0, 1.0]
 
 
 @audit_process
