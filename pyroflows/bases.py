@@ -1,0 +1,260 @@
+"""Base distributions as modules: ``base()`` or ``base(context)`` is a Pyro distribution over vectors.
+
+Being modules, they move with ``.to()``, are saved with ``state_dict`` and may learn. Fixed numbers are buffers,
+since Pyro warns about frozen parameters.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyroflows.conditioners import Dense
+
+__all__ = [
+    "Base",
+    "ConditionalNormal",
+    "DiagonalNormal",
+    "GaussianMixture",
+    "StandardNormal",
+    "StudentT",
+    "as_base",
+]
+
+Shape = int | Sequence[int]
+
+
+def _softplus_inverse(y: float) -> float:
+    return y + math.log(-math.expm1(-y))
+
+
+class Base(nn.Module):
+    """A family of distributions with one event shape, indexed by a context if ``context_dim > 0``.
+
+    Args:
+        event_shape: Shape of one draw, or its length.
+        context_dim: Features of the context; 0 for none.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+
+    def __init__(self, event_shape: Shape, *, context_dim: int = 0) -> None:
+        super().__init__()
+        shape = [event_shape] if isinstance(event_shape, int) else list(event_shape)
+        if not shape or min(shape) < 1:
+            raise ValueError(f"{type(self).__name__} expects positive sizes; got {event_shape}")
+        self.event_shape = torch.Size(shape)
+        self.context_dim = context_dim
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        """Return the distribution, with event shape ``event_shape``."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Name the event shape."""
+        return f"event_shape={tuple(self.event_shape)}"
+
+
+class DiagonalNormal(Base):
+    """Independent normals, fixed or learnable; the standard normal unless told otherwise.
+
+    Args:
+        event_shape: Shape of one draw, or its length.
+        loc: Means, broadcast to the event shape.
+        scale: Positive standard deviations, broadcast to the event shape.
+        learnable: Whether means and standard deviations are parameters.
+
+    Raises:
+        ValueError: If a scale is not positive.
+    """
+
+    def __init__(
+        self,
+        event_shape: Shape,
+        loc: float | Tensor = 0.0,
+        scale: float | Tensor = 1.0,
+        *,
+        learnable: bool = True,
+    ) -> None:
+        super().__init__(event_shape)
+        loc, scale = (
+            torch.as_tensor(v, dtype=torch.get_default_dtype()).expand(self.event_shape).clone()
+            for v in (loc, scale)
+        )
+        if not (scale > 0).all():
+            raise ValueError(f"{type(self).__name__} expects positive scales; got {scale.tolist()}")
+        if learnable:
+            self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(scale.log())
+        else:
+            self.register_buffer("loc", loc)
+            self.register_buffer("log_scale", scale.log())
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        """Return the normal."""
+        normal = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False)
+        return normal.to_event(len(self.event_shape))
+
+
+class StandardNormal(DiagonalNormal):
+    """Independent N(0, 1); nothing to learn.
+
+    Args:
+        event_shape: Shape of one draw, or its length.
+    """
+
+    def __init__(self, event_shape: Shape) -> None:
+        super().__init__(event_shape, learnable=False)
+
+
+class StudentT(Base):
+    """Independent Student's t, for tails heavier than a flow with identity tails can make from a normal.
+
+    Args:
+        event_shape: Shape of one draw, or its length.
+        df: Degrees of freedom, above 2 for a finite variance.
+        learnable: Whether the degrees of freedom are parameters, one for each feature.
+
+    Raises:
+        ValueError: If ``df`` is not positive.
+
+    References:
+        Jaini, Kobyzev, Yu, Brubaker (2020), Tails of Lipschitz triangular flows. arXiv:1907.04481
+    """
+
+    def __init__(self, event_shape: Shape, df: float = 5.0, *, learnable: bool = False) -> None:
+        super().__init__(event_shape)
+        if not df > 0:
+            raise ValueError(f"StudentT expects df > 0; got {df}")
+        raw = torch.full(self.event_shape, _softplus_inverse(df))
+        if learnable:
+            self.raw_df = nn.Parameter(raw)
+        else:
+            self.register_buffer("raw_df", raw)
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        """Return the Student's t."""
+        df = F.softplus(self.raw_df)
+        t = dist.StudentT(df, torch.zeros_like(df), torch.ones_like(df), validate_args=False)
+        return t.to_event(len(self.event_shape))
+
+
+class GaussianMixture(Base):
+    """A learnable mixture of diagonal normals: modes that a single flow would have to tear apart.
+
+    Means start at random, N(0, 1), from torch's generator. ``rsample`` is pathwise for two or more features
+    (Jankowiak & Karaletsos 2019, arXiv:1806.01856); a single feature has ``sample`` only.
+
+    Args:
+        input_dim: Number of features D.
+        count_components: Number of components K.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+
+    def __init__(self, input_dim: int, count_components: int = 8) -> None:
+        super().__init__(input_dim)
+        if count_components < 1:
+            raise ValueError(f"GaussianMixture expects components; got {count_components}")
+        self.loc = nn.Parameter(torch.randn(count_components, input_dim))
+        self.log_scale = nn.Parameter(torch.zeros(count_components, input_dim))
+        self.logits = nn.Parameter(torch.zeros(count_components))
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        """Return the mixture."""
+        scale = self.log_scale.exp()
+        if self.loc.shape[-1] > 1:
+            return dist.MixtureOfDiagNormals(self.loc, scale, self.logits)
+        return dist.MixtureSameFamily(
+            dist.Categorical(logits=self.logits, validate_args=False),
+            dist.Normal(self.loc, scale, validate_args=False).to_event(1),
+            validate_args=False,
+        )
+
+
+class ConditionalNormal(Base):
+    """Independent normals whose means and scales a network gives from the context; N(0, 1) at first.
+
+    Args:
+        input_dim: Number of features.
+        context_dim: Features of the context.
+        hidden_dims: Widths of the network.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+
+    def __init__(
+        self, input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(input_dim, context_dim=context_dim)
+        self.net = Dense(context_dim, 2, input_dim, hidden_dims=hidden_dims)
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        """Return the normal for each context, shape ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If there is no context.
+        """
+        if context is None:
+            raise ValueError(
+                f"ConditionalNormal expects a context of shape (..., {self.context_dim}); got none"
+            )
+        loc, raw = self.net(context)
+        scale = (8 * (raw / 8).tanh()).exp()
+        return dist.Normal(loc, scale, validate_args=False).to_event(1)
+
+
+class _Fixed(Base):
+    """A distribution that was made outside, with its tensors moved along by ``.to()``."""
+
+    def __init__(self, distribution: Distribution) -> None:
+        shape = distribution.event_shape or distribution.batch_shape
+        if not shape:
+            raise ValueError(
+                f"a base needs an event of at least one axis; {distribution} is a scalar. "
+                "Use .expand([n]).to_event(1)"
+            )
+        super().__init__(shape)
+        if not distribution.event_shape:
+            distribution = dist.Independent(distribution, len(shape))
+        self.distribution = distribution
+
+    def forward(self, context: Tensor | None = None) -> Distribution:
+        return self.distribution
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Fixed":
+        super()._apply(fn, recurse)
+        _apply_to_tensors(self.distribution, fn)
+        return self
+
+
+def _apply_to_tensors(thing: Any, fn: Callable[[Tensor], Tensor]) -> None:
+    for name, value in vars(thing).items():
+        if isinstance(value, Tensor):
+            vars(thing)[name] = fn(value)
+        elif isinstance(value, Distribution):
+            _apply_to_tensors(value, fn)
+
+
+def as_base(base: int | Distribution | nn.Module) -> nn.Module:
+    """Return a base module: of a size (standard normal), of a distribution, or the module itself.
+
+    Raises:
+        TypeError: If ``base`` is none of them.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    if isinstance(base, int):
+        return StandardNormal(base)
+    if isinstance(base, Distribution):
+        return _Fixed(base)
+    raise TypeError(
+        f"a base is a number of features, a distribution or a module; got {type(base).__name__}"
+    )
