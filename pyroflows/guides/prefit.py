@@ -1,0 +1,227 @@
+r"""Gaussian fits that place a flow before it trains: location and full covariance from a few thousand gradients.
+
+Three candidates, each of which fails somewhere, and the ELBO to choose among them: batch-and-match from the initial
+point, BFGS with a Laplace approximation from several starts, and batch-and-match from the best of those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gaussian", "batch_and_match", "laplace", "prefit"]
+
+
+def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
+    """Standard normal points ``(num, dim)`` from a scrambled Sobol sequence; global random state untouched."""
+    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(num, dtype=torch.float64)
+    eps = torch.finfo(torch.float64).eps
+    return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).to(like)
+
+
+@dataclass
+class Gaussian:
+    """N(loc, scale_tril scale_tril^T) with its ELBO; ``loc`` ``(D,)``, ``scale_tril`` ``(D, D)``, lower triangular."""
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float = -math.inf
+    method: str = ""
+
+    def rate(self, log_density: Callable[[Tensor], Tensor], num: int = 256) -> Gaussian:
+        """Set ``elbo``, from ``num`` quasi-random points; -inf if any density is not finite."""
+        z = normal_points(num, len(self.loc), like=self.loc)
+        entropy = self.scale_tril.diagonal().log().sum() + 0.5 * len(self.loc) * math.log(2 * math.pi * math.e)
+        elbo = (log_density(self.loc + z @ self.scale_tril.T).mean() + entropy).item()
+        self.elbo = elbo if math.isfinite(elbo) else -math.inf
+        return self
+
+
+class Target:
+    """A log-density in float64 with its gradient, counting the points; non-finite points get a gradient of NaN."""
+
+    def __init__(self, log_density: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        self.log_density, self.dtype = log_density, dtype
+        self.num_gradients = 0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.log_density(u.to(self.dtype)).double()
+
+    def gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities ``(S,)`` and gradients ``(S, D)``."""
+        self.num_gradients += len(u)
+        u = u.detach().to(self.dtype).requires_grad_()
+        with torch.enable_grad():
+            log_p = self.log_density(u)
+            (grad,) = torch.autograd.grad(log_p.sum(), u)
+        return log_p.detach().double(), grad.double()
+
+
+def batch_and_match(
+    target: Target, start: Gaussian, *, num_steps: int = 60, batch_size: int = 32, tol: float = 1e-3
+) -> Gaussian:
+    r"""Match the scores of a Gaussian to the target's by proximal steps.
+
+    With z_b drawn from the current Gaussian, g_b the target's score there, bars and :math:`C, \Gamma` their means and
+    covariances, and learning rate :math:`\lambda = BD/(t+1)`,
+
+    .. math::
+        U = \lambda\Gamma + \tfrac{\lambda}{1+\lambda}\,\bar g\bar g^\top, \quad
+        V = \Sigma + \lambda C + \tfrac{\lambda}{1+\lambda}\,(\mu-\bar z)(\mu-\bar z)^\top, \quad
+        \Sigma' U \Sigma' + \Sigma' = V, \quad
+        \mu' = \tfrac{1}{1+\lambda}\,\mu + \tfrac{\lambda}{1+\lambda}(\Sigma'\bar g + \bar z).
+
+    Args:
+        target: The log-density.
+        start: Where to begin.
+        num_steps: Largest number of steps; it stops when a step moves the Gaussian by less than ``tol`` nats.
+        batch_size: Points per step.
+        tol: Smallest Kullback-Leibler divergence between successive Gaussians worth going on for.
+
+    References:
+        Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul (2024), Batch and match: black-box variational
+        inference with a score-based divergence, algorithm 1. arXiv:2402.14758
+    """
+    mu, L = start.loc.double(), start.scale_tril.double()
+    D = len(mu)
+    for t in range(num_steps):
+        z = mu + normal_points(batch_size, D, like=mu, seed=t) @ L.T
+        log_p, g = target.gradient(z)
+        ok = log_p.isfinite() & g.isfinite().all(-1)
+        if ok.sum() < 2:
+            L = L / 4
+            continue
+        z, g = z[ok], g[ok]
+        rate = len(z) * D / (t + 1)
+        z_bar, g_bar = z.mean(0), g.mean(0)
+        # In coordinates where the current Gaussian is standard: V = L (...) L^T, so that ill-conditioned targets are safe.
+        white = torch.linalg.solve_triangular(L, (z - mu).T, upper=False).T
+        w_bar, h = white.mean(0), g @ L
+        h_bar = h.mean(0)
+        shrink = rate / (1 + rate)
+        U = rate * torch.cov(h.T, correction=0).reshape(D, D) + shrink * torch.outer(h_bar, h_bar)
+        V = torch.eye(D).to(mu) + rate * torch.cov(white.T, correction=0).reshape(D, D) + shrink * torch.outer(w_bar, w_bar)
+        root = torch.linalg.cholesky(V)
+        values, Q = torch.linalg.eigh(root.T @ U @ root)
+        factor = root @ Q * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt())).sqrt()  # factor factor^T = Sigma'
+        new = torch.linalg.qr(factor.T).R.T
+        new = new * new.diagonal().sign()
+        shift = shrink * (new @ (new.T @ h_bar) + w_bar)
+        if not (new.isfinite().all() and shift.isfinite().all()):
+            break
+        mu, L = mu + L @ shift, L @ new
+        change = 0.5 * (new.square().sum() + shift.square().sum() - D) - new.diagonal().log().sum()
+        if change < tol:
+            break
+    return Gaussian(mu, L, method="batch-and-match")
+
+
+def _bfgs(target: Target, u: Tensor, *, num_steps: int = 200, tol: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximize from every row of ``u`` at once: points ``(K, D)``, log-densities ``(K,)``, inverse Hessians ``(K, D, D)``."""
+    K, D = u.shape
+    eye = torch.eye(D).to(u)
+    log_p, g = target.gradient(u)
+    H = eye / g.norm(dim=-1).clamp(min=1.0)[:, None, None]
+    first = torch.ones(K, dtype=torch.bool, device=u.device)
+    for _ in range(num_steps):
+        step = (H @ g[..., None])[..., 0]
+        slope = (step * g).sum(-1)
+        if not (slope > tol).any():
+            break
+        size = torch.ones_like(slope)
+        for _ in range(25):
+            proposal = u + size[:, None] * step
+            new_log_p = target(proposal)
+            good = (new_log_p >= log_p + 1e-4 * size * slope) | ~(slope > tol)
+            if good.all():
+                break
+            size = torch.where(good, size, size * 0.3)
+        moved = good & (slope > tol)
+        if not moved.any():
+            break
+        new_log_p, new_g = target.gradient(proposal)
+        s, y = proposal - u, g - new_g  # curvature of -log p
+        sy = (s * y).sum(-1)
+        moved = moved & new_g.isfinite().all(-1) & new_log_p.isfinite()
+        update = moved & (sy > 1e-10 * s.norm(dim=-1) * y.norm(dim=-1))
+        safe = torch.where(update, sy, torch.ones_like(sy))
+        scaled = torch.where(first & update, safe / y.square().sum(-1).clamp(min=1e-300), torch.ones_like(sy))
+        H0 = torch.where((first & update)[:, None, None], eye * scaled[:, None, None], H)
+        A = eye - s[..., :, None] * y[..., None, :] / safe[:, None, None]
+        new_H = A @ H0 @ A.mT + s[..., :, None] * s[..., None, :] / safe[:, None, None]
+        H = torch.where(update[:, None, None], new_H, H)
+        first = first & ~update
+        u = torch.where(moved[:, None], proposal, u)
+        g = torch.where(moved[:, None], new_g, g)
+        log_p = torch.where(moved, new_log_p, log_p)
+        # A start whose line search failed begins afresh along the gradient.
+        stuck = ~good
+        H = torch.where(stuck[:, None, None], eye / g.norm(dim=-1).clamp(min=1.0)[:, None, None], H)
+    return u, log_p, H
+
+
+def laplace(target: Target, mode: Tensor, inverse_hessian: Tensor) -> Gaussian:
+    """The Gaussian of the curvature at a mode, by central differences of the gradient.
+
+    Differences are taken in the coordinates that ``inverse_hessian``, a rough guess, makes well-conditioned; directions
+    without curvature get a standard deviation of 10 in these. Cost: 2 D gradients, in one batch.
+    """
+    D = len(mode)
+    values, Q = torch.linalg.eigh(inverse_hessian)
+    S = Q * values.clamp(min=1e-12 * values[-1].clamp(min=1e-12)).sqrt()
+    step = 3e-2 if target.dtype == torch.float32 else 1e-3
+    _, g = target.gradient(torch.cat([mode + step * S.T, mode - step * S.T]))
+    curvature = -(g[:D] - g[D:]) @ S / (2 * step)
+    if not curvature.isfinite().all():
+        curvature = torch.eye(D).to(mode)
+    values, Q = torch.linalg.eigh((curvature + curvature.T) / 2)
+    factor = S @ Q * values.clamp(min=1e-2).rsqrt()
+    L = torch.linalg.qr(factor.T).R.T
+    return Gaussian(mode, L * L.diagonal().sign(), method="Laplace")
+
+
+def prefit(
+    log_density: Callable[[Tensor], Tensor],
+    init_loc: Tensor,
+    *,
+    num_starts: int = 4,
+    num_steps: int = 60,
+    batch_size: int = 32,
+) -> tuple[Gaussian, list[Gaussian], int]:
+    """The Gaussian of best ELBO among the candidates.
+
+    Args:
+        log_density: Function ``(S, D) -> (S,)``.
+        init_loc: Where to begin; shape ``(D,)``. Its type and device are those of the density.
+        num_starts: Starts of BFGS: ``init_loc`` and points around it.
+        num_steps: Largest number of batch-and-match steps, each time it runs.
+        batch_size: Points per batch-and-match step.
+
+    Returns:
+        The best candidate in float64, all candidates, and the number of gradients used.
+    """
+    target = Target(log_density, init_loc.dtype)
+    loc = init_loc.detach().double()
+    D = len(loc)
+    start = Gaussian(loc, torch.eye(D).to(loc), method="initial point")
+    candidates = [start.rate(target)]
+
+    def consider(candidate: Gaussian) -> Gaussian:
+        candidates.append(candidate.rate(target))
+        return candidate
+
+    consider(batch_and_match(target, start, num_steps=num_steps, batch_size=batch_size))
+    spread = 2 * torch.tanh(normal_points(num_starts, D, like=loc, seed=1))
+    modes, log_p, H = _bfgs(target, loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]]))
+    best = log_p.nan_to_num(-math.inf).argsort(descending=True)
+    distinct = [best[0]] + [i for i in best[1:2] if log_p[best[0]] - log_p[i] > 1e-2]
+    laplaces = [consider(laplace(target, modes[i], H[i])) for i in distinct]
+    for candidate in sorted(laplaces, key=lambda c: -c.elbo)[:1]:
+        consider(batch_and_match(target, candidate, num_steps=num_steps, batch_size=batch_size))
+        candidates[-1].method = "batch-and-match from Laplace"
+    return max(candidates, key=lambda c: c.elbo), candidates, target.num_gradients

@@ -1,0 +1,228 @@
+r"""The map of a flow guide, :math:`u = \mu + W (b + A f(z))`, with every trainable number in one vector.
+
+Pyro pays for each parameter tensor at each step (a message, an entry of the store, an optimizer group), so a flow of
+thirty small tensors spends more on bookkeeping than on arithmetic. Here they are parts of one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.bijection import Bijection, Compose
+from pyroflows.conditioners import Dense, Free
+from pyroflows.scalar import Affine, ScalarMap
+from pyroflows.splines import RationalQuadratic
+from pyroflows.transforms.coupling import Coupling
+from pyroflows.transforms.elementwise import Elementwise
+
+__all__ = ["Chain", "PackedParameters", "Transport", "posterior_flow"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The scalar map ``second(first(x))``: one network sets the parameters of both."""
+
+    first: ScalarMap
+    second: ScalarMap
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of both maps."""
+        return self.first.num_params + self.second.num_params
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log|dy/dx|."""
+        n = self.first.num_params
+        middle, first_slope = self.first.forward(x, params[:n])
+        y, second_slope = self.second.forward(middle, params[n:])
+        return y, first_slope + second_slope
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log|dx/dy|."""
+        n = self.first.num_params
+        middle, second_slope = self.second.inverse(y, params[n:])
+        x, first_slope = self.first.inverse(middle, params[:n])
+        return x, first_slope + second_slope
+
+
+def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins: int = 8) -> Bijection:
+    """The default flow of a guide: couplings by a spline and an affine map, the identity at the start.
+
+    The masks are the bits of the feature's index, each in both directions, so that every latent can act on every other.
+    One network call per layer in either direction.
+
+    Args:
+        latent_dim: Number of latents.
+        num_layers: Number of couplings; from 4 to 6, growing with ``latent_dim``, if None.
+        count_bins: Bins of each spline.
+    """
+    scalar = Chain(RationalQuadratic(count_bins, bound=4.0), Affine(2.0))
+    if latent_dim == 1:
+        return Elementwise(scalar, Free(scalar.num_params, 1))
+    index, bits = torch.arange(latent_dim), max(1, math.ceil(math.log2(latent_dim)))
+    if num_layers is None:
+        num_layers = max(4, min(6, 2 * bits))
+    width = max(16, min(64, 4 * latent_dim))
+    layers = []
+    for i in range(num_layers):
+        bit = bits - 1 - (i // 2) % bits
+        mask = (index >> bit) % 2 == (i + 1) % 2
+        kept = latent_dim - int(mask.sum())
+        net = Dense(kept, scalar.num_params, latent_dim - kept, hidden_dims=[width, width], activation=nn.SiLU)
+        layers.append(Coupling(scalar, net, mask))
+    return Compose(layers)
+
+
+class PackedParameters:
+    """The trainable parameters of a module as parts of one vector.
+
+    The module keeps its buffers and its code, but gives its parameters away; :meth:`lend` puts the parts of a vector in
+    their places for as long as the module is evaluated.
+
+    Args:
+        module: The module; its floating-point parameters that require gradients are taken out of it.
+
+    Attributes:
+        initial: The parameters at the time, as one vector; shape ``(P,)``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        found: list[Tensor] = []
+        for inner in module.modules():
+            for name, p in list(inner._parameters.items()):
+                if p is None or not p.requires_grad or not p.is_floating_point():
+                    continue
+                if id(p) not in owners:
+                    found.append(p)
+                owners.setdefault(id(p), []).append((inner, name))  # tied weights have several owners
+                del inner._parameters[name]
+        self.slots = [owners[id(p)] for p in found]
+        self.shapes = [tuple(p.shape) for p in found]
+        self.sizes = [p.numel() for p in found]
+        parts = [p.detach().reshape(-1) for p in found]
+        self.initial = torch.cat(parts) if parts else torch.zeros(0)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @contextmanager
+    def lend(self, vector: Tensor) -> Iterator[None]:
+        """Put the parts of ``vector``, ``(P,)``, where the parameters were."""
+        for part, shape, owners in zip(vector.split(self.sizes), self.shapes, self.slots, strict=True):
+            for inner, name in owners:
+                inner.__dict__[name] = part.view(shape)
+        try:
+            yield
+        finally:
+            for owners in self.slots:
+                for inner, name in owners:
+                    inner.__dict__.pop(name, None)
+
+
+class Transport(Bijection):
+    r"""From the base distribution to the latents: :math:`u = \mu + W v`, :math:`v = b + A f(z)`.
+
+    :math:`\mu, W` are buffers that a pre-fit sets and nothing trains: in the coordinates v the posterior is near standard
+    normal. A is lower triangular with positive diagonal (diagonal for many latents), :math:`f` any flow.
+
+    Args:
+        flow: The flow f; its parameters move into one vector.
+        loc: Initial :math:`\mu`; shape ``(D,)``.
+        init_scale: Initial A, times the identity.
+        full_rank: Whether W and A are triangular matrices, or diagonal.
+
+    Attributes:
+        initial: Initial value of the trainable vector: the flow's parameters, b, log diag A, the rest of A.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, flow: Bijection, loc: Tensor, *, init_scale: float = 1.0, full_rank: bool = True) -> None:
+        D = len(loc)
+        super().__init__((D,))
+        self.flow = flow.to(loc)
+        self.parts = PackedParameters(self.flow)
+        self.full_rank = full_rank
+        self.register_buffer("loc", loc.clone())
+        self.register_buffer("scale", torch.eye(D).to(loc) if full_rank else torch.ones_like(loc))
+        rows, cols = torch.tril_indices(D, D, -1) if full_rank else torch.zeros(2, 0, dtype=torch.long)
+        self.register_buffer("below", rows * D + cols, persistent=False)
+        zeros, log_diag = torch.zeros_like(loc), torch.full_like(loc, math.log(init_scale))
+        self.initial = torch.cat([self.parts.initial.to(loc), zeros, log_diag, loc.new_zeros(len(rows))])
+
+    def whiten(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the buffers to a Gaussian; ``scale`` is ``(D, D)`` lower triangular, or ``(D,)``."""
+        self.loc.copy_(loc)
+        self.scale.copy_(scale if scale.dim() == self.scale.dim() else scale.norm(dim=-1) if scale.dim() == 2 else scale.diag())
+
+    @property
+    def log_det_scale(self) -> Tensor:
+        """log|det W|."""
+        return (self.scale.diagonal() if self.full_rank else self.scale).log().sum()
+
+    def spread(self, v: Tensor) -> Tensor:
+        """W v."""
+        return v @ self.scale.T if self.full_rank else v * self.scale
+
+    def _split(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        D = len(self.loc)
+        return vector.split([len(self.parts), D, D, len(self.below)])
+
+    def _triangle(self, log_diag: Tensor, rest: Tensor) -> Tensor:
+        D = len(self.loc)
+        return log_diag.exp().diag() + rest.new_zeros(D * D).index_copy(0, self.below, rest).view(D, D)
+
+    def from_base(self, vector: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """v and log|det dv/dz| at parameters ``vector``; ``(*batch, D)`` to the same and ``(*batch)``."""
+        theta, b, log_diag, rest = self._split(vector)
+        with self.parts.lend(theta):
+            v, log_det = self.flow._forward_and_log_det(z, None)
+        v = v @ self._triangle(log_diag, rest).T if self.full_rank else v * log_diag.exp()
+        return v + b, log_det + log_diag.sum()
+
+    def to_base(self, vector: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """z and log|det dz/dv| at parameters ``vector``."""
+        theta, b, log_diag, rest = self._split(vector)
+        v = v - b
+        if self.full_rank:
+            v = torch.linalg.solve_triangular(self._triangle(log_diag, rest), v.reshape(-1, len(b)).T, upper=False).T.reshape(v.shape)
+        else:
+            v = v * (-log_diag).exp()
+        with self.parts.lend(theta):
+            z, log_det = self.flow._inverse_and_log_det(v, None)
+        return z, log_det - log_diag.sum()
+
+    def at(self, vector: Tensor) -> Transport:
+        """A view with the given trainable vector: a :class:`Bijection` that shares every buffer."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.__dict__.update(_entry=None, _inverse_ref=None, _parameters={"vector": vector})
+        return view
+
+    @property
+    def _vector(self) -> Tensor:
+        try:
+            return self._parameters["vector"]
+        except KeyError:
+            raise RuntimeError("Transport has no parameters of its own: call .at(vector) first") from None
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        v, log_det = self.from_base(self._vector, x)
+        return self.loc + self.spread(v), log_det + self.log_det_scale
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        v = y - self.loc
+        if self.full_rank:
+            v = torch.linalg.solve_triangular(self.scale, v.reshape(-1, len(self.loc)).T, upper=False).T.reshape(v.shape)
+        else:
+            v = v / self.scale
+        z, log_det = self.to_base(self._vector, v)
+        return z, log_det - self.log_det_scale
