@@ -1,4 +1,4 @@
-"""Mypy plugin: a module's buffers and submodules, which torch types ``Tensor | Module``, are Any."""
+"""Mypy plugin: buffers and submodules, which torch types ``Tensor | Module``, are Any."""
 
 from collections.abc import Callable
 
