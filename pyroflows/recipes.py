@@ -1,0 +1,273 @@
+"""Ready-made flows: each recipe returns a :class:`pyroflows.flow.Flow` with defaults that are good, not minimal.
+
+Every recipe takes ``(input_dim, context_dim=0, *, num_transforms, hidden_dims, base, name)``. All start as their base
+distribution (the identity), except Glow, whose first batch of data sets its ActNorm layers.
+
+Which one: ``neural_spline`` for densities and guides; ``realnvp`` where every microsecond counts; ``maf`` for densities
+that are never sampled in an inner loop; ``iaf`` for guides; ``nice`` for volume preservation up to a scaling.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyroflows.bijection import Bijection, Compose
+from pyroflows.flow import Flow
+from pyroflows.transforms.autoregressive import affine_autoregressive, spline_autoregressive
+from pyroflows.transforms.coupling import (
+    additive_coupling,
+    affine_coupling,
+    alternating_mask,
+    half_mask,
+    spline_coupling,
+)
+from pyroflows.transforms.elementwise import elementwise_affine, elementwise_scale
+
+__all__ = ["glow", "glow_step", "iaf", "maf", "neural_spline", "nice", "realnvp"]
+
+BaseLike = int | Distribution | nn.Module | None
+
+
+def _hidden(hidden_dims: Sequence[int] | None, input_dim: int, context_dim: int) -> list[int]:
+    if hidden_dims is not None:
+        return list(hidden_dims)
+    return [max(64, min(256, 8 * (input_dim + context_dim)))] * 2
+
+
+def _masks(input_dim: int, count: int) -> list[Tensor | None]:
+    """Halves, then every second feature, each moved once: after four layers every pair has met."""
+    if input_dim == 1:
+        return [None] * count
+    cycle = [
+        half_mask(input_dim),
+        half_mask(input_dim, swap=True),
+        alternating_mask(input_dim),
+        alternating_mask(input_dim, swap=True),
+    ]
+    return [cycle[i % 4] for i in range(count)]
+
+
+def _flow(
+    base: BaseLike, input_dim: int, transforms: Sequence[Bijection], name: str | None
+) -> Flow:
+    return Flow(input_dim if base is None else base, transforms, name=name)
+
+
+def nice(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] | None = None,
+    base: BaseLike = None,
+    name: str | None = None,
+    **network: Any,
+) -> Flow:
+    """NICE: additive couplings and a diagonal scaling.
+
+    One network call a coupling in either direction.
+
+    Args:
+        input_dim: Number of features.
+        context_dim: Features of the context; 0 for none.
+        num_transforms: Number of couplings.
+        hidden_dims: Widths of each network; two layers of 8 units a feature, 64 to 256, if None.
+        base: A module of :mod:`pyroflows.bases` or a distribution; the standard normal if None.
+        name: Name for Pyro's param store.
+        **network: ``residual`` and ``activation`` of :class:`pyroflows.conditioners.Dense`.
+
+    References:
+        Dinh, Krueger, Bengio (2015), NICE. arXiv:1410.8516
+    """
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    kwargs = dict(hidden_dims=hidden_dims, context_dim=context_dim, **network)
+    couplings = [additive_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)]
+    return _flow(base, input_dim, [*couplings, elementwise_scale(input_dim)], name)
+
+
+def realnvp(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] | None = None,
+    base: BaseLike = None,
+    name: str | None = None,
+    **network: Any,
+) -> Flow:
+    """RealNVP: affine couplings with alternating masks; arguments as in :func:`nice`.
+
+    One network call a coupling in either direction.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP. arXiv:1605.08803
+    """
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    kwargs = dict(hidden_dims=hidden_dims, context_dim=context_dim, **network)
+    couplings = [affine_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)]
+    return _flow(base, input_dim, couplings, name)
+
+
+def glow_step(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    hidden_dims: Sequence[int] | None = None,
+    **network: Any,
+) -> Compose:
+    """One step of Glow on vectors, data side last: affine coupling, PLU linear map, ActNorm.
+
+    Args:
+        input_dim: Number of features.
+        context_dim: Features of the context, which the coupling sees; 0 for none.
+        hidden_dims: Widths of the network; two layers of 8 units a feature, 64 to 256, if None.
+        **network: ``residual`` and ``activation`` of :class:`pyroflows.conditioners.Dense`.
+
+    References:
+        Kingma, Dhariwal (2018), Glow, section 3. arXiv:1807.03039
+    """
+    from pyroflows.transforms.linear import linear
+    from pyroflows.transforms.normalization import actnorm
+
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    move = affine_coupling(input_dim, hidden_dims, context_dim=context_dim, **network)
+    return Compose([move, linear(input_dim), actnorm(input_dim)])
+
+
+def glow(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 8,
+    hidden_dims: Sequence[int] | None = None,
+    base: BaseLike = None,
+    name: str | None = None,
+    **network: Any,
+) -> Flow:
+    """Glow on vectors: ``num_transforms`` times :func:`glow_step`; arguments as in :func:`nice`.
+
+    One network call a step in either direction. The first batch whose density is asked for in training mode sets
+    the ActNorm layers.
+
+    References:
+        Kingma, Dhariwal (2018), Glow. arXiv:1807.03039
+    """
+    steps = [
+        glow_step(input_dim, context_dim, hidden_dims=hidden_dims, **network)
+        for _ in range(num_transforms)
+    ]
+    return _flow(base, input_dim, steps, name)
+
+
+def _orders(input_dim: int, count: int) -> list[Tensor]:
+    """The natural order and its reverse in turn: what is last in one layer is first in the next."""
+    natural = torch.arange(input_dim)
+    return [natural if i % 2 == 0 else natural.flip(0) for i in range(count)]
+
+
+def iaf(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 4,
+    hidden_dims: Sequence[int] | None = None,
+    base: BaseLike = None,
+    name: str | None = None,
+    **network: Any,
+) -> Flow:
+    """Inverse autoregressive flow: one network call a layer to sample, D short steps for a foreign density.
+
+    The density of its own draws is free. Arguments as in :func:`nice`.
+
+    References:
+        Kingma et al. (2016), Improving variational inference with inverse autoregressive flow. arXiv:1606.04934
+    """
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    layers = [
+        affine_autoregressive(input_dim, hidden_dims, permutation=o, context_dim=context_dim, **network)
+        for o in _orders(input_dim, num_transforms)
+    ]
+    return _flow(base, input_dim, layers, name)
+
+
+def maf(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int = 5,
+    hidden_dims: Sequence[int] | None = None,
+    base: BaseLike = None,
+    name: str | None = None,
+    **network: Any,
+) -> Flow:
+    """Masked autoregressive flow: one network call a layer for a density, D short steps for a sample.
+
+    Arguments as in :func:`nice`.
+
+    References:
+        Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow. arXiv:1705.07057
+    """
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    layers = [
+        affine_autoregressive(
+            input_dim, hidden_dims, permutation=o, context_dim=context_dim, **network
+        ).inv
+        for o in _orders(input_dim, num_transforms)
+    ]
+    return _flow(base, input_dim, layers, name)
+
+
+def neural_spline(
+    input_dim: int,
+    context_dim: int = 0,
+    *,
+    num_transforms: int | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    base: BaseLike = None,
+    autoregressive: bool = False,
+    count_bins: int = 8,
+    bound: float = 5.0,
+    name: str | None = None,
+    **network: Any,
+) -> Flow:
+    """Neural spline flow: rational-quadratic couplings, or autoregressive layers, and a free scaling of the data.
+
+    Couplings cost one network call a layer in either direction; autoregressive layers one for a density, D short
+    steps for a sample. Splines act within ±``bound`` base standard deviations and are the identity beyond.
+
+    Args:
+        input_dim: Number of features.
+        context_dim: Features of the context; 0 for none.
+        num_transforms: Number of layers; 6 couplings or 3 autoregressive layers if None.
+        hidden_dims: Widths of each network; two layers of 8 units a feature, 64 to 256, if None.
+        base: A module of :mod:`pyroflows.bases` or a distribution; the standard normal if None.
+        autoregressive: Whether layers are autoregressive instead of couplings.
+        count_bins: Bins of each spline.
+        bound: Half-width of each spline's box.
+        name: Name for Pyro's param store.
+        **network: ``residual`` and ``activation`` of the networks.
+
+    References:
+        Durkan, Bekasov, Murray, Papamakarios (2019), Neural spline flows. arXiv:1906.04032
+    """
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    count = num_transforms if num_transforms is not None else 3 if autoregressive else 6
+    kwargs = dict(
+        hidden_dims=hidden_dims,
+        count_bins=count_bins,
+        bound=bound,
+        context_dim=context_dim,
+        **network,
+    )
+    layers: list[Bijection]
+    if autoregressive:
+        layers = [
+            spline_autoregressive(input_dim, permutation=o, **kwargs).inv
+            for o in _orders(input_dim, count)
+        ]
+    else:
+        layers = [spline_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, count)]
+    return _flow(base, input_dim, [*layers, elementwise_affine(input_dim)], name)

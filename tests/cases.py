@@ -1,0 +1,125 @@
+"""THE dictionary of transforms: a new transform is a new line here, and the harness does the rest."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import pyroflows.transforms as T
+from pyroflows.bijection import Bijection, Compose
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to build a transform for a number of context features, and what to expect of it."""
+
+    make: Callable[[int], Bijection]
+    event_shape: tuple[int, ...]
+    identity: bool = True  # starts as the identity
+    takes_context: bool = True
+    tolerance: float = 1.0  # factor on the round trip's tolerance, for iterative inverses
+
+
+PERMUTATION = [3, 1, 4, 0, 2]
+
+CASES: dict[str, Case] = {
+    "additive_coupling": Case(lambda c: T.additive_coupling(5, [8], context_dim=c), (5,)),
+    "affine_coupling": Case(lambda c: T.affine_coupling(5, [8, 8], context_dim=c), (5,)),
+    "affine_coupling_alternating": Case(
+        lambda c: T.affine_coupling(4, [8], mask=T.alternating_mask(4), context_dim=c), (4,)
+    ),
+    "affine_coupling_swapped": Case(
+        lambda c: T.affine_coupling(5, [8], mask=T.half_mask(5, swap=True), context_dim=c), (5,)
+    ),
+    "affine_coupling_matrix": Case(
+        lambda c: T.affine_coupling((4, 3), [8], dim=-2, context_dim=c), (4, 3)
+    ),
+    "affine_coupling_one_feature": Case(lambda c: T.affine_coupling(1, [8], context_dim=c), (1,)),
+    "affine_coupling_residual": Case(
+        lambda c: T.affine_coupling(3, [8, 8], residual=True, context_dim=c), (3,)
+    ),
+    "spline_coupling": Case(lambda c: T.spline_coupling(5, None, [8], context_dim=c), (5,)),
+    "spline_coupling_custom_mask": Case(
+        lambda c: T.spline_coupling(3, hidden_dims=[8], mask=[True, False, True], context_dim=c),
+        (3,),
+    ),
+    "spline_coupling_linear": Case(
+        lambda c: T.spline_coupling(3, None, [8], 4, order="linear", context_dim=c), (3,)
+    ),
+    "affine_autoregressive": Case(
+        lambda c: T.affine_autoregressive(5, [16, 8], context_dim=c), (5,)
+    ),
+    "affine_autoregressive_permuted": Case(
+        lambda c: T.affine_autoregressive(5, [8], permutation=PERMUTATION, context_dim=c), (5,)
+    ),
+    "affine_autoregressive_residual": Case(
+        lambda c: T.affine_autoregressive(4, [9, 9, 9], residual=True, context_dim=c), (4,)
+    ),
+    "affine_autoregressive_narrow": Case(
+        lambda c: T.affine_autoregressive(6, [3, 2], context_dim=c), (6,)
+    ),
+    "affine_autoregressive_one_feature": Case(
+        lambda c: T.affine_autoregressive(1, [4], context_dim=c), (1,)
+    ),
+    "spline_autoregressive": Case(
+        lambda c: T.spline_autoregressive(4, [8], permutation=[2, 0, 3, 1], context_dim=c), (4,)
+    ),
+    "spline_autoregressive_linear": Case(
+        lambda c: T.spline_autoregressive(3, [8], 4, order="linear", context_dim=c), (3,)
+    ),
+    "spline": Case(lambda c: T.spline(3, [8], context_dim=c), (3,)),
+    "spline_linear": Case(lambda c: T.spline(3, [8], order="linear", context_dim=c), (3,)),
+    "elementwise_affine": Case(lambda c: T.elementwise_affine(3, [8], context_dim=c), (3,)),
+    "elementwise_scale": Case(lambda c: T.elementwise_scale((2, 2), [8], context_dim=c), (2, 2)),
+    "inverse": Case(lambda c: T.affine_autoregressive(3, [8], context_dim=c).inv, (3,)),
+    "compose": Case(
+        lambda c: Compose(
+            [
+                T.affine_coupling(4, [8], context_dim=c),
+                T.spline(4, [8]),
+                T.affine_autoregressive(4, [8], context_dim=c).inv,
+            ]
+        ),
+        (4,),
+    ),
+    "wrapped": Case(
+        lambda c: Compose([T.affine_coupling(3, [8], context_dim=c), torch.distributions.ExpTransform()]),
+        (3,),
+        identity=False,
+    ),
+}
+
+
+def build(name: str, context_dim: int = 0, dtype: torch.dtype = torch.float64) -> Bijection:
+    """Return the case's transform away from its initial state, in evaluation mode."""
+    case = CASES[name]
+    transform = case.make(context_dim).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    if any(isinstance(m, tuple(getattr(T, k) for k in ('ActNorm', 'BatchNorm') if hasattr(T, k))) for m in transform.modules()):
+        data = 1 + 2 * torch.randn(64, *case.event_shape, generator=generator, dtype=dtype)
+        context = torch.randn(64, context_dim, generator=generator, dtype=dtype)
+        transform.condition(context).inv(data)  # what is initialized by data sees some
+    disturb(transform, generator)
+    return transform.eval()
+
+
+@torch.no_grad()
+def disturb(module: nn.Module, generator: torch.Generator, scale: float = 0.3) -> None:
+    """Move every parameter by normal noise."""
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.add_(scale * noise.to(parameter.dtype))
+
+
+def contexts(context_dim: int, *batch: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return a context of the batch shape."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(*batch, context_dim, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def noise(name: str, *batch: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return standard normal values of the case's event."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (*batch, *CASES[name].event_shape)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
