@@ -1,0 +1,106 @@
+"""What the classes of several families share."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroflows.bijection import Bijection
+from pyroflows.conditioners import Free
+
+__all__ = ["Along", "Parameters", "from_rows", "rows_along", "triangle_index", "triangular"]
+
+
+class Along(Bijection):
+    """A bijection that treats one axis of the event; the sizes of the axes behind it may stay open.
+
+    Args:
+        input_dim: Entries along ``dim``, or the shape of the whole event, of ``-dim`` axes.
+        dim: Negative axis.
+        context_dim: Features of the context, shape ``(*batch, context_dim)``; 0 for none.
+
+    Raises:
+        ValueError: If ``dim`` is not negative, or ``input_dim`` is not positive or has not ``-dim`` axes.
+    """
+
+    def __init__(
+        self, input_dim: int | Sequence[int], dim: int = -1, *, context_dim: int = 0
+    ) -> None:
+        if dim >= 0:
+            raise ValueError(f"dim must be negative; got {dim}")
+        shape = [input_dim] if isinstance(input_dim, int) else list(input_dim)
+        if not isinstance(input_dim, int) and len(shape) != -dim:
+            raise ValueError(f"dim={dim} needs an event of {-dim} axes; got input_dim={input_dim}")
+        if min(shape) < 1:
+            raise ValueError(f"input_dim must be positive; got {input_dim}")
+        super().__init__(shape if len(shape) == -dim else None, context_dim=context_dim)
+        self.dim, self.size = dim, shape[0]
+        self.domain = self.codomain = constraints.independent(constraints.real, -dim)
+
+    def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
+        super()._check(value, event_dim, inverse)
+        if value.shape[self.dim] != self.size:
+            raise ValueError(
+                f"{type(self).__name__} expects {self.size} entries along dim {self.dim}; "
+                f"got values of shape {tuple(value.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """Say how many entries along which axis."""
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{self.size}, dim={self.dim}{context}"
+
+
+class Parameters(Free):
+    """Free parameters that start at ``start``; with a context, ``start`` plus a network that starts at zero.
+
+    Args:
+        start: Initial value, shape ``(num_params, *shape)``.
+        context_dim: Features of the context; 0 for none.
+        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
+    """
+
+    def __init__(self, start: Tensor, *, context_dim: int = 0, **network: Any) -> None:
+        super().__init__(start.shape[0], start.shape[1:], context_dim=context_dim, **network)
+        with torch.no_grad():
+            self.base.copy_(start)
+
+    @property
+    def base(self) -> Tensor:
+        """The part that does not depend on the context, ``(num_params, *shape)``: a view to write through."""
+        bias = self.net.last.bias if self.context_dim else self.theta
+        return bias.view(self.num_params, *self.shape)
+
+    def of(self, context: Tensor | None) -> Tensor:
+        """Return θ, ``(num_params, *shape)`` or ``(num_params, *context batch, *shape)``."""
+        return self.theta if context is None else self.net(context)
+
+
+def rows_along(x: Tensor, dim: int, batched: bool) -> Tensor:
+    """Return the vectors along ``dim`` as rows ``(n, size)``; if ``batched``, ``(*batch, n, size)``."""
+    rows = x.movedim(dim, -1)
+    batch = rows.shape[: rows.dim() + dim] if batched else rows.shape[:0]
+    return rows.reshape(*batch, prod(rows.shape[len(batch) : -1]), rows.shape[-1])
+
+
+def from_rows(rows: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Undo :func:`rows_along`."""
+    return rows.reshape(like.movedim(dim, -1).shape).movedim(-1, dim).contiguous()
+
+
+def triangle_index(size: int, *, upper: bool = False) -> Tensor:
+    """Return where each entry of a triangle lies in ``[0, *packed entries]``, shape ``(size, size)``."""
+    index = torch.zeros(size, size, dtype=torch.long)
+    entries = torch.triu_indices(size, size) if upper else torch.tril_indices(size, size)
+    index[entries[0], entries[1]] = torch.arange(1, entries.shape[1] + 1)
+    return index
+
+
+def triangular(packed: Tensor, index: Tensor) -> Tensor:
+    """Return ``(*batch, D, D)`` from packed entries ``(*batch, D (D + 1) / 2)``; see :func:`triangle_index`."""
+    padded = F.pad(packed, (1, 0))
+    return padded.index_select(-1, index.flatten()).unflatten(-1, index.shape)

@@ -1,0 +1,489 @@
+"""Linear maps: permutations, PLU products, triangular affine maps, reflections, matrix exponentials."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.bijection import Bijection, Compose
+from pyroflows.numerics import soft_bound
+from pyroflows.transforms._common import (
+    Along,
+    Parameters,
+    from_rows,
+    rows_along,
+    triangle_index,
+    triangular,
+)
+from pyroflows.transforms._factories import conditional
+
+__all__ = [
+    "Householder",
+    "Linear",
+    "MatrixExponential",
+    "Permute",
+    "TriangularAffine",
+    "conditional_generalized_channel_permute",
+    "conditional_householder",
+    "conditional_linear",
+    "conditional_lower_cholesky_affine",
+    "conditional_matrix_exponential",
+    "generalized_channel_permute",
+    "householder",
+    "iterated",
+    "linear",
+    "lower_cholesky_affine",
+    "matrix_exponential",
+    "permute",
+    "reverse",
+]
+
+LOG_SCALE_BOUND = 16.0  # of a diagonal: e^16 is still harmless in float32
+
+
+def _permutation(permutation: Sequence[int] | Tensor, size: int) -> Tensor:
+    result = torch.as_tensor(permutation).detach().cpu().long().clone()
+    if result.dim() != 1 or sorted(result.tolist()) != list(range(size)):
+        raise ValueError(
+            f"permutation must be one of 0..{size - 1}; got {result.tolist()}"
+        )
+    return result
+
+
+class Permute(Along):
+    r"""Reorder the entries along an axis: :math:`y_i = x_{\pi(i)}`; the log-determinant is 0.
+
+    Args:
+        input_dim: Entries along ``dim``, or the shape of the event.
+        permutation: The order :math:`\pi`, kept as a buffer.
+        dim: Negative axis.
+
+    Raises:
+        ValueError: If ``permutation`` is none of ``input_dim`` entries.
+    """
+
+    permutation: Tensor
+    restore_index: Tensor
+
+    def __init__(
+        self,
+        input_dim: int | Sequence[int],
+        permutation: Sequence[int] | Tensor,
+        *,
+        dim: int = -1,
+    ) -> None:
+        super().__init__(input_dim, dim)
+        permutation = _permutation(permutation, self.size)
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("restore_index", permutation.argsort())
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return x.index_select(self.dim, self.permutation), x.new_zeros(x.shape[: self.dim])
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return y.index_select(self.dim, self.restore_index), y.new_zeros(y.shape[: self.dim])
+
+
+class Linear(Along):
+    r"""Multiply by a learnable matrix along an axis, in its PLU form.
+
+    .. math:: y = P L U x, \qquad \log|\det| = \sum_i \log U_{ii}
+
+    P is a fixed permutation (a buffer), L unit lower triangular, U upper triangular with a positive diagonal whose
+    logarithm is smoothly bounded. Either direction costs O(D²) for each vector, by two products or two triangular
+    solves, and the log-determinant O(D); with a context one network call. At initialization L = U = 1.
+
+    Args:
+        input_dim: Entries D along ``dim``, or the shape of the event.
+        permutation: P as an order of ``range(D)``; the natural one if None, which makes y = x at initialization.
+        dim: Negative axis; -3 gives the 1×1 convolution of images ``(channels, height, width)``.
+        context_dim: Features of the context, shape ``(*batch, context_dim)``, which then sets all entries of L and U.
+        bound: Largest |log U_ii|, in nats.
+        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
+
+    Raises:
+        ValueError: If ``permutation`` is none of D entries.
+
+    References:
+        Kingma, Dhariwal (2018), Glow, section 3.2. arXiv:1807.03039
+    """
+
+    permutation: Tensor
+    restore_index: Tensor
+
+    def __init__(
+        self,
+        input_dim: int | Sequence[int],
+        permutation: Sequence[int] | Tensor | None = None,
+        *,
+        dim: int = -1,
+        context_dim: int = 0,
+        bound: float = LOG_SCALE_BOUND,
+        **network: Any,
+    ) -> None:
+        super().__init__(input_dim, dim, context_dim=context_dim)
+        d, self.bound = self.size, bound
+        order = _permutation(range(d) if permutation is None else permutation, d)
+        self.register_buffer("permutation", order)
+        self.register_buffer("restore_index", order.argsort())
+        self.entries = Parameters(torch.zeros(1, d, d), context_dim=context_dim, **network)
+
+    def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return L - 1, U and log diag U, with the context's batch in front."""
+        (entries,) = self.entries.of(context)
+        log_diagonal = soft_bound(entries.diagonal(dim1=-2, dim2=-1), self.bound)
+        return entries.tril(-1), entries.triu(1) + log_diagonal.exp().diag_embed(), log_diagonal
+
+    def _log_det(self, value: Tensor, log_diagonal: Tensor) -> Tensor:
+        copies = math.prod(value.shape[self.dim + 1 :]) if self.dim < -1 else 1
+        return (copies * log_diagonal.sum(-1)).expand(value.shape[: self.dim])
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        lower, upper, log_diagonal = self._factors(context)
+        rows = rows_along(x, self.dim, batched=upper.dim() > 2)
+        rows = rows @ upper.mT
+        rows = rows + rows @ lower.mT
+        y = from_rows(rows.index_select(-1, self.permutation), x, self.dim)
+        return y, self._log_det(x, log_diagonal)
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        lower, upper, log_diagonal = self._factors(context)
+        rows = rows_along(y, self.dim, batched=upper.dim() > 2)
+        rows = rows.index_select(-1, self.restore_index)
+        solve = torch.linalg.solve_triangular
+        rows = solve(lower.mT, rows, upper=True, left=False, unitriangular=True)
+        rows = solve(upper.mT, rows, upper=False, left=False)
+        return from_rows(rows, y, self.dim), self._log_det(y, -log_diagonal)
+
+
+class TriangularAffine(Along):
+    r"""A learnable lower-triangular affine map: noise that is standard normal becomes N(loc, L Lᵀ).
+
+    .. math:: y = \mathrm{loc} + L x, \qquad \log|\det| = \sum_i \log L_{ii}
+
+    The log-diagonal is smoothly bounded. O(D²) in either direction; with a context, which then sets loc and L, one
+    network call. The identity at initialization, unless told otherwise.
+
+    Args:
+        input_dim: Number of features D.
+        loc: Initial loc, shape ``(D,)``; zeros if None.
+        scale_tril: Initial L, shape ``(D, D)``, lower triangular with a positive diagonal; the identity if None.
+        context_dim: Features of the context; 0 for none.
+        bound: Largest |log L_ii|, in nats.
+        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
+
+    Raises:
+        ValueError: If ``loc`` or ``scale_tril`` has the wrong shape or a diagonal entry beyond the bound.
+    """
+
+    triangle: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        loc: Tensor | None = None,
+        scale_tril: Tensor | None = None,
+        *,
+        context_dim: int = 0,
+        bound: float = LOG_SCALE_BOUND,
+        **network: Any,
+    ) -> None:
+        super().__init__(input_dim, context_dim=context_dim)
+        d, self.bound = self.size, bound
+        loc = torch.zeros(d) if loc is None else loc.detach()
+        scale_tril = torch.eye(d) if scale_tril is None else scale_tril.detach()
+        if loc.shape != (d,) or scale_tril.shape != (d, d):
+            raise ValueError(
+                f"TriangularAffine expects loc of shape ({d},) and scale_tril of shape ({d}, {d}); "
+                f"got {tuple(loc.shape)} and {tuple(scale_tril.shape)}"
+            )
+        ratio = scale_tril.diagonal().log() / bound
+        if not bool((ratio.abs() < 1).all()):
+            raise ValueError(
+                f"TriangularAffine expects |log diag(scale_tril)| < {bound}; "
+                f"got a diagonal of {scale_tril.diagonal().tolist()}"
+            )
+        raw = bound * ratio * (1 - ratio * ratio).rsqrt()  # undoes soft_bound
+        packed = (scale_tril.tril(-1) + raw.diag())[*torch.tril_indices(d, d)]
+        self.register_buffer("triangle", triangle_index(d), persistent=False)
+        start = torch.cat([loc, packed]).unsqueeze(0)
+        self.entries = Parameters(start, context_dim=context_dim, **network)
+
+    def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        (entries,) = self.entries.of(context)
+        raw = triangular(entries[..., self.size :], self.triangle)
+        log_diagonal = soft_bound(raw.diagonal(dim1=-2, dim2=-1), self.bound)
+        loc = entries[..., : self.size]
+        return loc, raw.tril(-1) + log_diagonal.exp().diag_embed(), log_diagonal
+
+    @property
+    def loc(self) -> Tensor:
+        """Shift, ``(D,)``, with the context's batch in front of a conditioned one."""
+        return self._params(self._context)[0]
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """L, ``(D, D)``, with the context's batch in front of a conditioned one."""
+        return self._params(self._context)[1]
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, scale_tril, log_diagonal = self._params(context)
+        rows = rows_along(x, -1, batched=scale_tril.dim() > 2) @ scale_tril.mT
+        return from_rows(rows, x, -1) + loc, log_diagonal.sum(-1).expand(x.shape[:-1])
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, scale_tril, log_diagonal = self._params(context)
+        rows = rows_along(y - loc, -1, batched=scale_tril.dim() > 2)
+        rows = torch.linalg.solve_triangular(scale_tril.mT, rows, upper=True, left=False)
+        return from_rows(rows, y, -1), -log_diagonal.sum(-1).expand(y.shape[:-1])
+
+
+def reflect(x: Tensor, u: Tensor) -> Tensor:
+    r"""Return x reflected at the plane orthogonal to u, :math:`x - 2 u (u \cdot x) / |u|^2`; batches broadcast."""
+    norm2 = (u * u).sum(-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
+    return x - (2 * (u * x).sum(-1, keepdim=True) / norm2) * u
+
+
+class Householder(Along):
+    r"""Reflections at learnable planes, one after the other: an orthogonal map with log-determinant 0.
+
+    .. math:: y = H_K \cdots H_1 x, \qquad H_k = 1 - 2 \frac{u_k u_k^T}{|u_k|^2}
+
+    O(K D) in either direction; with a context, which then sets every u, one network call. A single reflection is
+    never the identity, but two equal ones are: at initialization the planes are random and equal in pairs, so an
+    even K starts as the identity and an odd K as one random reflection.
+
+    Args:
+        input_dim: Number of features D.
+        count_transforms: Number of reflections K; K = D reaches every orthogonal map of determinant (-1)^D.
+        context_dim: Features of the context; 0 for none.
+        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
+
+    Raises:
+        ValueError: If ``count_transforms`` is not positive.
+
+    References:
+        Tomczak, Welling (2016), Improving variational auto-encoders using Householder flow. arXiv:1611.09630
+    """
+
+    def __init__(
+        self, input_dim: int, count_transforms: int = 2, *, context_dim: int = 0, **network: Any
+    ) -> None:
+        super().__init__(input_dim, context_dim=context_dim)
+        if count_transforms < 1:
+            raise ValueError(f"count_transforms must be positive; got {count_transforms}")
+        planes = torch.randn((count_transforms + 1) // 2, input_dim)
+        start = planes.repeat_interleave(2, 0)[:count_transforms].unsqueeze(0)
+        self.normals = Parameters(start, context_dim=context_dim, **network)
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_det = x.new_zeros(x.shape[:-1])
+        for u in self.normals.of(context)[0].unbind(-2):
+            x = reflect(x, u)
+        return x, log_det
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_det = y.new_zeros(y.shape[:-1])
+        for u in reversed(self.normals.of(context)[0].unbind(-2)):
+            y = reflect(y, u)
+        return y, log_det
+
+
+class MatrixExponential(Along):
+    r"""Multiply by the exponential of a learnable matrix, which is always invertible.
+
+    .. math:: y = e^M x, \qquad x = e^{-M} y, \qquad \log|\det| = \operatorname{tr} M
+
+    One matrix exponential, O(D³), for each context in either direction, to the precision of the dtype; with a
+    context one network call. The identity at initialization.
+
+    Args:
+        input_dim: Number of features D.
+        bound: If given, M is shrunk smoothly so that its Frobenius norm stays below ``bound``.
+        context_dim: Features of the context; 0 for none.
+        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
+
+    Raises:
+        ValueError: If ``bound`` is not positive.
+
+    References:
+        Hoogeboom, Garcia Satorras, Tomczak, Welling (2020), The convolution exponential. arXiv:2006.01910
+    """
+
+    def __init__(
+        self, input_dim: int, bound: float | None = None, *, context_dim: int = 0, **network: Any
+    ) -> None:
+        super().__init__(input_dim, context_dim=context_dim)
+        if bound is not None and not bound > 0:
+            raise ValueError(f"bound must be positive; got {bound}")
+        self.bound = bound
+        start = torch.zeros(1, input_dim, input_dim)
+        self.weights = Parameters(start, context_dim=context_dim, **network)
+
+    def _move(self, value: Tensor, context: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
+        matrix = sign * self.weights.of(context)[0]
+        if self.bound is not None:
+            norm2 = (matrix * matrix).sum((-2, -1), keepdim=True)
+            matrix = matrix * torch.rsqrt(1 + norm2 / self.bound**2)
+        rows = rows_along(value, -1, batched=matrix.dim() > 2) @ torch.matrix_exp(matrix).mT
+        log_det = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return from_rows(rows, value, -1), log_det.expand(value.shape[:-1])
+
+    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._move(x, context, 1)
+
+    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._move(y, context, -1)
+
+
+# ---------------------------------------------------------------------------------------------- factories
+
+
+def permute(
+    input_dim: int | Sequence[int],
+    permutation: Sequence[int] | Tensor | None = None,
+    dim: int = -1,
+) -> Permute:
+    """Return a fixed permutation along ``dim``: the given one, or if None a random one.
+
+    Args:
+        input_dim: Entries along ``dim``, or the shape of the event, of ``-dim`` axes.
+        permutation: Entry i of y is entry ``permutation[i]`` of x.
+        dim: Negative axis.
+
+    Raises:
+        ValueError: If the arguments do not fit together.
+    """
+    if permutation is None:
+        permutation = torch.randperm(input_dim if isinstance(input_dim, int) else input_dim[0])
+    return Permute(input_dim, permutation, dim=dim)
+
+
+def reverse(input_dim: int | Sequence[int], dim: int = -1) -> Permute:
+    """Return the permutation that turns the order along ``dim`` around; arguments as in :func:`permute`."""
+    n = input_dim if isinstance(input_dim, int) else input_dim[0]
+    return Permute(input_dim, range(n - 1, -1, -1), dim=dim)
+
+
+def linear(
+    input_dim: int | Sequence[int],
+    hidden_dims: Sequence[int] | None = None,
+    permutation: Sequence[int] | Tensor | None = None,
+    dim: int = -1,
+    **kwargs: Any,
+) -> Linear:
+    """Return :class:`Linear`, a learnable matrix in PLU form; ``hidden_dims`` are those of a context's network."""
+    return Linear(input_dim, permutation, dim=dim, hidden_dims=hidden_dims, **kwargs)
+
+
+def lower_cholesky_affine(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    loc: Tensor | None = None,
+    scale_tril: Tensor | None = None,
+    **kwargs: Any,
+) -> TriangularAffine:
+    """Return :class:`TriangularAffine`, y = loc + L x with learnable loc and L, which start as given."""
+    return TriangularAffine(input_dim, loc, scale_tril, hidden_dims=hidden_dims, **kwargs)
+
+
+def householder(
+    input_dim: int, count_transforms: int | None = None, **kwargs: Any
+) -> Householder:
+    """Return :class:`Householder`, ``count_transforms`` reflections; if None, the even number from D / 2 + 1 up."""
+    if count_transforms is None:
+        count_transforms = 2 * ((input_dim // 2 + 2) // 2)
+    return Householder(input_dim, count_transforms, **kwargs)
+
+
+def conditional_householder(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    count_transforms: int = 1,
+    **kwargs: Any,
+) -> Bijection:
+    """:func:`householder` with a context of ``context_dim`` features."""
+    kwargs.update(hidden_dims=hidden_dims)
+    return conditional(householder)(input_dim, context_dim, count_transforms, **kwargs)
+
+
+def generalized_channel_permute(
+    channels: int = 3,
+    permutation: Sequence[int] | Tensor | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Linear:
+    """Return Glow's 1×1 convolution for images ``(channels, height, width)``: :class:`Linear` along dim -3.
+
+    It starts as a permutation of the channels, the given one or if None a random one, so that channels mix.
+    """
+    if permutation is None:
+        permutation = torch.randperm(channels)
+    return Linear(channels, permutation, dim=-3, hidden_dims=hidden_dims, **kwargs)
+
+
+def conditional_generalized_channel_permute(
+    context_dim: int,
+    channels: int = 3,
+    hidden_dims: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Bijection:
+    """:func:`generalized_channel_permute` with a context of ``context_dim`` features, which comes first as in Pyro."""
+    kwargs.update(hidden_dims=hidden_dims)
+    return conditional(generalized_channel_permute)(channels, context_dim, **kwargs)
+
+
+def matrix_exponential(
+    input_dim: int,
+    iterations: int = 8,
+    normalization: str = "none",
+    bound: float | None = None,
+    **kwargs: Any,
+) -> MatrixExponential:
+    """Return :class:`MatrixExponential`.
+
+    The exponential is not truncated: ``iterations`` is taken for Pyro's sake and changes nothing.
+
+    Raises:
+        ValueError: If ``normalization`` is not "none", the only one there is.
+    """
+    if normalization != "none":
+        raise ValueError(f"normalization must be 'none'; got {normalization!r}. Use bound=")
+    return MatrixExponential(input_dim, bound, **kwargs)
+
+
+def conditional_matrix_exponential(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    iterations: int = 8,
+    normalization: str = "none",
+    bound: float | None = None,
+    **kwargs: Any,
+) -> Bijection:
+    """:func:`matrix_exponential` with a context of ``context_dim`` features."""
+    kwargs.update(hidden_dims=hidden_dims)
+    return conditional(matrix_exponential)(
+        input_dim, context_dim, iterations, normalization, bound, **kwargs
+    )
+
+
+def iterated(
+    repeats: int, base_fn: Callable[..., Bijection], *args: Any, **kwargs: Any
+) -> Compose:
+    """Return ``repeats`` bijections made by ``base_fn(*args, **kwargs)``, one after the other.
+
+    Raises:
+        ValueError: If ``repeats`` is not positive.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be positive; got {repeats}")
+    return Compose([base_fn(*args, **kwargs) for _ in range(repeats)])
+
+
+conditional_linear = conditional(linear)
+conditional_lower_cholesky_affine = conditional(lower_cholesky_affine)
