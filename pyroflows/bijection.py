@@ -14,7 +14,6 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import ComposeTransform, Transform
-from torch.distributions.utils import _sum_rightmost
 
 __all__ = ["Bijection", "Compose", "Inverse", "as_bijection"]
 
@@ -377,7 +376,8 @@ class Compose(Bijection):
         total: Tensor | None = None
         for part, extra in reversed(steps) if inverse else steps:
             value, log_det = part._step(value, context, inverse)
-            log_det = _sum_rightmost(log_det, extra)
+            if extra:
+                log_det = log_det.sum(tuple(range(-extra, 0)))
             total = log_det if total is None else total + log_det
         return value, total
 

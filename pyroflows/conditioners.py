@@ -46,7 +46,8 @@ class _Conditioner(nn.Module):
             raise ValueError(f"hidden_dims must hold positive widths; got {hidden_dims}")
         if residual and len(set(hidden_dims)) > 1:
             raise ValueError(f"residual=True needs hidden_dims of one width; got {hidden_dims}")
-        self.num_params, self.context_dim, self.residual = num_params, context_dim, residual
+        self.num_params, self.out_features = num_params, out_features
+        self.context_dim, self.residual = context_dim, residual
         self.act = activation()
         self.first = nn.Linear(in_features, hidden_dims[0])
         self.from_context = (
@@ -95,10 +96,12 @@ class _Conditioner(nn.Module):
         """Last layer: ``(*batch, width)`` to ``(num_params, *batch, out_features)``."""
         weight, bias = self._weight(-1), self.last.bias
         if self.num_params < _FEATURE_MAJOR_FROM:
-            return F.linear(h, weight, bias).unflatten(-1, (self.num_params, -1)).movedim(-2, 0)
+            theta = F.linear(h, weight, bias)
+            return theta.unflatten(-1, (self.num_params, self.out_features)).movedim(-2, 0)
         batch = h.shape[:-1]
-        theta = torch.addmm(bias.unsqueeze(-1), weight, h.reshape(-1, h.shape[-1]).t())
-        return theta.reshape(self.num_params, -1, *batch).movedim(1, -1)
+        h = h.reshape(batch.numel(), h.shape[-1])
+        theta = torch.addmm(bias.unsqueeze(-1), weight, h.t())
+        return theta.view(self.num_params, self.out_features, *batch).movedim(1, -1)
 
 
 class Dense(_Conditioner):
@@ -215,7 +218,9 @@ class Masked(_Conditioner):
         below, self._starts = degree, []
         for i in range(1 + len(self.hidden)):
             width = self._layer(i).out_features
-            units = lowest + torch.arange(width) * max(1, input_dim - lowest) // width
+            # spread evenly, the highest always among them: no unit below goes unseen
+            count = max(1, input_dim - lowest)
+            units = lowest + ((torch.arange(width) + 1) * count + width - 1) // width - 1
             self.register_buffer(f"mask_{i}", units[:, None] >= below)
             # unit numbers at which degree m begins, m = 0..D
             starts = torch.searchsorted(units, torch.arange(input_dim + 1)).tolist()
@@ -267,7 +272,7 @@ class SequentialPass:
         self.from_context: Tensor | None = None
         if net.from_context is not None:
             shift = net.from_context(context).expand(*batch_shape, -1)
-            self.from_context = shift.reshape(batch, -1).t()
+            self.from_context = shift.reshape(batch, shift.shape[-1]).t()
         self._advance()
 
     def params(self) -> Tensor:
@@ -275,11 +280,11 @@ class SequentialPass:
         feature = self.order[self.known]
         h = self.acts[-1].so_far()
         theta = torch.matmul(self.last[:, feature, : h.shape[0]], h) + self.last_bias[:, feature]
-        return theta.view(-1, *self.batch_shape)
+        return theta.view(self.net.num_params, *self.batch_shape)
 
     def push(self, value: Tensor) -> None:
         """Take the value of the next feature, shape batch."""
-        self.x.append(value.reshape(1, -1))
+        self.x.append(value.reshape(1, self.x.batch))
         self.known += 1
         if self.known < len(self.order):
             self._advance()

@@ -15,7 +15,7 @@ from pyro.distributions.torch_transform import TransformModule
 from pyro.infer import SVI, Trace_ELBO
 
 from pyroflows.bijection import Bijection
-from pyroflows.conditioners import Dense, Free, Masked
+from pyroflows.conditioners import Dense, Masked
 
 BATCHES = [(), (3,), (2, 3), (0,)]
 KINDS = [(n, c) for n, case in CASES.items() for c in ((0, 2) if case.takes_context else (0,))]
@@ -45,8 +45,8 @@ def jacobian_log_det(function, x, event_dim):
     y = function(x)
     batch = x.shape[: x.dim() - event_dim]
     rows = [
-        torch.autograd.grad(out.sum(), x, retain_graph=True)[0].reshape(*batch, -1)
-        for out in y.reshape(*batch, -1).unbind(-1)
+        torch.autograd.grad(out.sum(), x, retain_graph=True)[0].flatten(len(batch))
+        for out in y.flatten(len(batch)).unbind(-1)
     ]
     return torch.linalg.slogdet(torch.stack(rows, -2))[1]
 
@@ -114,7 +114,7 @@ def test_context_batch_broadcasts(name):
     log_prob = d.log_prob(y)
     assert log_prob.shape == (3, 7)
     alone = build(name, 2).condition(contexts(2, 7)[4])
-    one = dist.TransformedDistribution(d.base_dist.base_dist if False else standard_normal(event), [alone])
+    one = dist.TransformedDistribution(standard_normal(event), [alone])
     torch.testing.assert_close(one.log_prob(y[:, 4]), log_prob[:, 4])
 
 
@@ -209,7 +209,7 @@ def test_memory_never_lies(name, context_dim):
     parameters = list(t.parameters())
     back = fixed.inv(y)
     if parameters:  # gradients wanted that the first call lacked
-        assert back.requires_grad and fixed.log_abs_det_jacobian(back, y).requires_grad or not _moves(t)
+        assert back.requires_grad
     for _ in range(2):  # the same tensors again, with their graphs freed
         for p in parameters:
             p.grad = None
@@ -229,11 +229,6 @@ def test_memory_never_lies(name, context_dim):
     y2 = fixed(x2.detach())
     y2.detach().mul_(1.01)  # changed in place after it was returned
     torch.testing.assert_close(fixed.inv(y2), fixed.inverse_and_log_det(y2)[0])
-
-
-def _moves(t):
-    """Whether the inverse's value or log-determinant depends on parameters at all."""
-    return any(isinstance(m, (Dense, Masked, Free)) for m in t.modules())
 
 
 @each_kind

@@ -10,6 +10,7 @@ from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Masked
 from pyroflows.scalar import Affine, ScalarMap
 from pyroflows.transforms._factories import conditional, spline_map
+from pyroflows.transforms.elementwise import Elementwise, elementwise
 
 __all__ = [
     "Autoregressive",
@@ -85,12 +86,13 @@ def autoregressive(
     permutation: Sequence[int] | Tensor | None = None,
     context_dim: int = 0,
     **network: Any,
-) -> Autoregressive:
+) -> Autoregressive | Elementwise:
     """Return an autoregressive transform with a masked network for any scalar map.
 
     Args:
         scalar: The map; see :mod:`pyroflows.scalar`.
-        input_dim: Number of features D. With D = 1 it is an elementwise map in autoregressive dress.
+        input_dim: Number of features D. A single one depends on nothing before it: the result is then the
+            elementwise map, whose parameters are free or depend on the context alone.
         hidden_dims: Widths of the network; two layers of ten units a feature, 32 to 256, if None.
         permutation: The features in the order in which they depend on each other; the natural one if None.
         context_dim: Features of the context; 0 for none.
@@ -101,6 +103,10 @@ def autoregressive(
     """
     if input_dim < 1:
         raise ValueError(f"input_dim must be positive; got {input_dim}")
+    if input_dim == 1:
+        return elementwise(
+            scalar, 1, context_dim=context_dim, hidden_dims=hidden_dims, **network
+        )
     conditioner = Masked(
         input_dim,
         scalar.num_params,
@@ -120,7 +126,7 @@ def affine_autoregressive(
     log_scale_max_clip: float = 4.0,
     stable: bool = False,
     **kwargs: Any,
-) -> Autoregressive:
+) -> Autoregressive | Elementwise:
     """IAF's layer y_i = exp(s(x_<i)) x_i + t(x_<i); its ``inv`` is MAF's. Further arguments of :func:`autoregressive`.
 
     The log-scale is bounded smoothly, at ± the larger magnitude of the two clips, so it is always numerically
@@ -141,7 +147,7 @@ def spline_autoregressive(
     bound: float = 3.0,
     order: str = "quadratic",
     **kwargs: Any,
-) -> Autoregressive:
+) -> Autoregressive | Elementwise:
     """The autoregressive neural spline flow's layer; its ``inv`` has the fast density.
 
     ``count_bins``, ``bound`` and ``order`` (of the spline) as in :func:`pyroflows.transforms.spline`, the rest as in
