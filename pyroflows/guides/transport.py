@@ -154,7 +154,7 @@ class Transport(Bijection):
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", torch.eye(D).to(loc) if full_rank else torch.ones_like(loc))
         rows, cols = torch.tril_indices(D, D, -1) if full_rank else torch.zeros(2, 0, dtype=torch.long)
-        self.register_buffer("below", rows * D + cols, persistent=False)
+        self.register_buffer("below", (rows * D + cols).to(loc.device), persistent=False)
         zeros, log_diag = torch.zeros_like(loc), torch.full_like(loc, math.log(init_scale))
         self.initial = torch.cat([self.parts.initial.to(loc), zeros, log_diag, loc.new_zeros(len(rows))])
 
