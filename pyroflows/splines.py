@@ -15,13 +15,17 @@ contiguous memory. Two paths give the same numbers:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from pyroflows.numerics import soft_bound
+from pyroflows.numerics import functorch_active, soft_bound
 
 __all__ = ["LinearRational", "RationalQuadratic"]
 
@@ -62,53 +66,65 @@ class _Spline:
         """Map ``y`` back in closed form; returns ``x`` and log|dx/dy|, each of the shape of ``y``."""
         return _evaluate(self, y, params, inverse=True)
 
-    # Positions of knots are affine in the cumulative softmax c: -B + 2B (m k / K + (1 - m) c_k).
-
     @property
-    def _range(self) -> float:
+    def _spread(self) -> float:
+        """Weight of the cumulative softmax c in the knots -B + 2B (m k / K + (1 - m) c_k)."""
         return 2 * self.bound * (1 - self.min_bin)
 
     def _even(self, like: Tensor) -> Tensor:
-        """The part of the interior knots that does not depend on the parameters; shape (count_bins - 1,)."""
-        K, B, m = self.count_bins, self.bound, self.min_bin
-        return torch.linspace(
-            2 * B * m / K - B, 2 * B * m * (K - 1) / K - B, K - 1, dtype=like.dtype, device=like.device
-        )
-
-    def _knots(self, raw: Tensor) -> Tensor:
-        """Knots (count_bins + 1, ...) from logits (count_bins, ...); the ends are exactly ±bound."""
-        even = self._even(raw).reshape(-1, *[1] * (raw.dim() - 1))
-        end = torch.full_like(raw[:1], self.bound)
-        return torch.cat([-end, even + self._range * raw.softmax(0)[:-1].cumsum(0), end])
+        """The part of the knots that does not depend on parameters, with the ends where c is 0; shape (count_bins + 1,)."""
+        B = self.bound
+        even = torch.linspace(-B, 2 * B * self.min_bin - B, self.count_bins + 1, dtype=like.dtype, device=like.device)
+        even[-1] = B  # exactly
+        return even
 
     def _reference(self, z: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Evaluate by differentiable operations; ``params`` may broadcast against ``z``."""
+        """Evaluate by differentiable operations; ``params`` has the axes of ``z`` behind its rows, and may broadcast."""
         K, B = self.count_bins, self.bound
-        raw_w, raw_h, raw_d, *raw_bins = params.split([K, K, K - 1] + [K] * self._values_per_bin)
+        edges = [0, 0] * z.dim() + [1, 1]  # F.pad: one zero at both ends of the axis of knots
+        c = params[: 2 * K].unflatten(0, (2, K)).softmax(1)[:, :-1].cumsum(1)
+        knots = torch.add(self._even(z).reshape(-1, *[1] * z.dim()), F.pad(c, edges), alpha=self._spread)
+        slopes = F.pad(params[2 * K : 3 * K - 1], edges)
         inner = z.clamp(-B, B)
-        x_knots, y_knots = self._knots(raw_w), self._knots(raw_h)
-        index = (inner >= (y_knots if inverse else x_knots)[1:-1]).sum(0, keepdim=True)
-
-        def at(rows: Tensor, index: Tensor) -> Tensor:
-            return rows.expand(-1, *z.shape).gather(0, index).squeeze(0)
-
-        flat = torch.zeros_like(raw_w[:1])
-        slopes = torch.cat([flat, raw_d, flat])
-        rows = [at(t, i) for t in (x_knots, y_knots, slopes) for i in (index, index + 1)]
-        out, log_slope = self._bin(inner, *rows, *(at(t, index) for t in raw_bins), inverse=inverse)
+        index = (inner >= knots[int(inverse), 1:K]).sum(0)
+        ends = torch.stack([index, index + 1])
+        bins = [
+            knots.expand(-1, -1, *z.shape).gather(1, ends.expand(2, *ends.shape)),
+            slopes.expand(-1, *z.shape).gather(0, ends),
+        ]
+        if self._values_per_bin:
+            bins.append(params[3 * K - 1 :].expand(-1, *z.shape).gather(0, ends[:1])[0])
+        out, log_slope = self._bin(inner, *bins, inverse=inverse)
         inside = inner == z
-        return torch.where(inside, out, z), log_slope * inside.to(z.dtype)
+        return torch.where(inside, out, z), log_slope * inside
 
-    def _bin(self, z: Tensor, *rows: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """The map inside one bin: ends of the bin x0, x1, y0, y1, raw slopes at them, raw values of the bin."""
+    def _bin(
+        self, z: Tensor, ends: Tensor, raw_slopes: Tensor, *raw_bin: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The map inside one bin.
+
+        Args:
+            z: Input, clamped to the box; any shape.
+            ends: x and y at the lower and the upper end of the bin; shape (2, 2, *shape).
+            raw_slopes: Unbounded log-slopes at both ends; shape (2, *shape).
+            *raw_bin: What else the bin has, of the shape of ``z``.
+            inverse: The direction.
+        """
         raise NotImplementedError
 
     def _bin_gradient(
-        self, z: Tensor, *rows: Tensor, g_out: Tensor, g_log: Tensor, inverse: bool
+        self,
+        z: Tensor,
+        ends: Tensor,
+        raw_slopes: Tensor,
+        *raw_bin: Tensor,
+        g_out: Tensor,
+        g_log: Tensor,
+        inverse: bool,
     ) -> tuple[Tensor, ...]:
-        """Gradients of g_out · out + g_log · log_slope with respect to ``z`` and every row."""
+        """Gradients of g_out · out + g_log · log_slope with respect to every argument of :meth:`_bin`."""
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (z, *rows)]
+            leaves = [t.detach().requires_grad_() for t in (z, ends, raw_slopes, *raw_bin)]
             out = self._bin(*leaves, inverse=inverse)
             return torch.autograd.grad(out, leaves, (g_out, g_log))
 
@@ -117,12 +133,14 @@ class _Spline:
 class RationalQuadratic(_Spline):
     """RQ."""
 
-    def _bin(self, z, x0, x1, y0, y1, r0, r1, *, inverse):
-        w, h = x1 - x0, y1 - y0
+    def _bin(
+        self, z: Tensor, ends: Tensor, raw_slopes: Tensor, *raw_bin: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        x0, y0 = ends[:, 0]
+        w, h = ends[:, 1] - ends[:, 0]
         s = h / w
-        limit = math.log(self.max_slope)
-        a0, a1 = soft_bound(r0, limit).exp() / s, soft_bound(r1, limit).exp() / s
-        xi, eta = self._solve(((z - y0) / h).clamp(0, 1), a0, a1) if inverse else _share((z - x0) / w)
+        a0, a1 = torch.exp(soft_bound(raw_slopes, math.log(self.max_slope))) / s
+        xi, eta = self._solve((z - y0) / h, a0, a1) if inverse else self._shares((z - x0) / w)
         q = xi * eta
         den = 1 + (a0 + a1 - 2) * q
         log_slope = torch.log(s * (a1 * xi * xi + 2 * q + a0 * eta * eta) / (den * den))
@@ -131,46 +149,72 @@ class RationalQuadratic(_Spline):
         return y0 + h * (xi * (xi + a0 * eta) / den), log_slope
 
     @staticmethod
-    def _solve(r: Tensor, a0: Tensor, a1: Tensor) -> tuple[Tensor, Tensor]:
-        """Relative position (ξ, 1 - ξ) in the bin from the relative height r."""
-        delta = a0 * (1 - r) - a1 * r
-        right = delta < 0
-        t = torch.sqrt(delta * delta + 4 * r * (1 - r)) + torch.where(right, -delta, delta)
-        a, b = torch.where(right, t, 2 * r), torch.where(right, 2 * (1 - r), t)
-        return a / (a + b), b / (a + b)
+    def _shares(xi: Tensor) -> tuple[Tensor, Tensor]:
+        """The relative position in the bin and its complement."""
+        xi = xi.clamp(0, 1)
+        return xi, 1 - xi
 
-    def _bin_gradient(self, z, x0, x1, y0, y1, r0, r1, *, g_out, g_log, inverse):
-        limit = math.log(self.max_slope)
-        w, h = x1 - x0, y1 - y0
+    @staticmethod
+    def _solve(r: Tensor, a0: Tensor, a1: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The relative position ξ and its complement from the relative height r.
+
+        With :math:`\delta = a_0 (1 - r) - a_1 r` the discriminant is :math:`\delta^2 + 4 r (1 - r)`, a sum of squares: it
+        cannot become negative, and with :math:`t = |\delta| + \sqrt{\delta^2 + 4 r (1 - r)}` the root is
+        :math:`2r / (2r + t)`, or :math:`t / (t + 2 (1 - r))` where :math:`\delta < 0`: no step cancels, none divides by 0.
+        """
+        r = r.clamp(0, 1)
+        rest = 1 - r
+        delta = a0 * rest - a1 * r
+        right = delta < 0
+        t = torch.sqrt(delta * delta + 4 * r * rest) + torch.where(right, -delta, delta)
+        low, high = torch.where(right, t, 2 * r), torch.where(right, 2 * rest, t)
+        return low / (low + high), high / (low + high)
+
+    def _bin_gradient(
+        self,
+        z: Tensor,
+        ends: Tensor,
+        raw_slopes: Tensor,
+        *raw_bin: Tensor,
+        g_out: Tensor,
+        g_log: Tensor,
+        inverse: bool,
+    ) -> tuple[Tensor, ...]:
+        x0, y0 = ends[:, 0]
+        w, h = ends[:, 1] - ends[:, 0]
         s = h / w
-        b0, b0_raw = _soft_bound_with_slope(r0, limit)
-        b1, b1_raw = _soft_bound_with_slope(r1, limit)
-        a0, a1 = b0.exp() / s, b1.exp() / s
-        xi, eta = self._solve(((z - y0) / h).clamp(0, 1), a0, a1) if inverse else _share((z - x0) / w)
-        # r = xi (xi + a0 eta) / den is the relative height; d r / d xi = top / den^2
-        q, tilt, a = xi * eta, eta - xi, a0 + a1 - 2
-        over_den = 1 / (1 + a * q)
-        a1_xi, a0_eta = a1 * xi, a0 * eta
-        over_top = 1 / (a1_xi * xi + 2 * q + a0_eta * eta)
-        r = xi * (xi + a0_eta) * over_den
-        log_xi = 2 * ((a1_xi - a0_eta + tilt) * over_top - a * tilt * over_den)
+        limit = math.log(self.max_slope)
+        tangent = (raw_slopes / limit).clamp_(-1e9, 1e9)  # of an angle whose sine is the soft bound
+        cosine = torch.rsqrt(1 + tangent * tangent)
+        a = torch.exp(limit * tangent * cosine) / s
+        xi, eta = self._solve((z - y0) / h, *a) if inverse else self._shares((z - x0) / w)
+        # Relative height r = ξ (ξ + a0 η) / den, dr/dξ = top / den²; everything below is for r = r(ξ, a0, a1).
+        shares = torch.stack([eta, xi])
+        a_shares = a * shares
+        q, tilt, excess = xi * eta, eta - xi, a.sum(0) - 2
+        over_den = torch.reciprocal(1 + excess * q)
+        over_top = torch.reciprocal((a_shares * shares).sum(0) + 2 * q)
+        r = xi * (xi + a_shares[0]) * over_den
+        log_xi = 2 * ((a_shares[1] - a_shares[0] + tilt) * over_top - excess * tilt * over_den)
         height = h * over_den * over_den / over_top
-        if inverse:
+        if inverse:  # implicitly: out solves r(out) = z, and log_slope is -log r'(out)
             g_xi, g_log = -w * g_out, -g_log
             g_y = (g_xi - g_log * log_xi) / height
         else:
-            g_y = g_out
-            g_xi = g_y * height + g_log * log_xi
-        q = q * over_den
-        common = 2 * q * g_log
-        level, rise = g_log * over_top, g_y * h * q
-        g_a0 = a0 * (rise * (1 - r) + level * (eta * eta) - common)
-        g_a1 = a1 * (level * (xi * xi) - rise * r - common)
-        g_s = g_log - g_a0 - g_a1
-        g_x = g_xi / w
-        g_w = -(g_x * xi + g_s / w)
-        g_h = g_y * r + g_s / h
-        return (-g_y if inverse else g_x), -g_x - g_w, g_w, g_y - g_h, g_h, g_a0 * b0_raw, g_a1 * b1_raw
+            g_y, g_xi = g_out, torch.addcmul(g_log * log_xi, g_out, height)
+        q *= over_den
+        rise = g_y * h * q
+        g_a = torch.addcmul(-2 * q * g_log - rise * r, g_log * over_top, shares * shares)
+        g_a[0] += rise
+        g_a *= a
+        g_s = g_log - g_a.sum(0)
+        g_z = g_xi / w
+        g_ends = torch.empty_like(ends)
+        torch.add(g_z * xi, g_s / w, out=g_ends[0, 1]).neg_()
+        torch.addcmul(g_s / h, g_y, r, out=g_ends[1, 1])
+        torch.add(g_z, g_ends[0, 1], out=g_ends[0, 0]).neg_()
+        torch.sub(g_y, g_ends[1, 1], out=g_ends[1, 0])
+        return -g_y if inverse else g_z, g_ends, g_a * (cosine * cosine * cosine)
 
 
 @dataclass(frozen=True)
@@ -180,48 +224,35 @@ class LinearRational(_Spline):
     min_lambda: float = 0.025
     _values_per_bin: ClassVar[int] = 1
 
-    def _bin(self, z, x0, x1, y0, y1, r0, r1, raw_lambda, *, inverse):
-        limit = math.log(self.max_slope)
-        w, h = x1 - x0, y1 - y0
-        s = h / w
-        e0, e1 = (soft_bound(r0, limit) / 2).exp(), (soft_bound(r1, limit) / 2).exp()
-        lam = self.min_lambda + (1 - 2 * self.min_lambda) * torch.sigmoid(raw_lambda)
+    def _bin(
+        self, z: Tensor, ends: Tensor, raw_slopes: Tensor, *raw_bin: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        x0, y0 = ends[:, 0]
+        w, h = ends[:, 1] - ends[:, 0]
+        e0, e1 = torch.exp(soft_bound(raw_slopes, math.log(self.max_slope)) / 2)
+        lam = self.min_lambda + (1 - 2 * self.min_lambda) * torch.sigmoid(raw_bin[0])
         m = lam * e0 + (1 - lam) * e1
         u = ((z - y0) / h if inverse else (z - x0) / w).clamp(0, 1)
-        middle = lam * e0 / m if inverse else lam
-        left = u <= middle
-        e, part = torch.where(left, e0, e1), torch.where(left, lam, 1 - lam)
+        left = u <= (lam * e0 / m if inverse else lam)
+        e, share = torch.where(left, e0, e1), torch.where(left, lam, 1 - lam)
+        rise = share * e / m
+        c = e * m * w / h
         u = torch.where(left, u, 1 - u)
-        height = part * e / m
-        c = e * m / s
         if inverse:
-            t = (u / height).clamp(0, 1)
+            t = (u / rise).clamp(0, 1)
             v = t / (t + c * (1 - t))
         else:
-            v = (u / part).clamp(0, 1)
-            t = c * v / (1 - v + c * v)
-        log_slope = 2 * torch.log(e / (1 - v + c * v))
+            v = (u / share).clamp(0, 1)
+        den = 1 - v + c * v
+        log_slope = 2 * torch.log(e / den)
         if inverse:
-            v = part * v
-            return x0 + w * torch.where(left, v, 1 - v), -log_slope
-        t = height * t
-        return y0 + h * torch.where(left, t, 1 - t), log_slope
+            xi = share * v
+            return x0 + w * torch.where(left, xi, 1 - xi), -log_slope
+        r = rise * c * v / den
+        return y0 + h * torch.where(left, r, 1 - r), log_slope
 
 
-def _share(xi: Tensor) -> tuple[Tensor, Tensor]:
-    """The relative position in a bin and its complement."""
-    xi = xi.clamp(0, 1)
-    return xi, 1 - xi
-
-
-def _soft_bound_with_slope(raw: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """:func:`soft_bound` and its derivative."""
-    r = (raw / bound).clamp(-1e9, 1e9)
-    cosine = torch.rsqrt(1 + r * r)
-    return bound * r * cosine, cosine * cosine * cosine
-
-
-_SMALL = 1024  # elements below which plain autograd is cheaper than the kernels
+_CHUNK = 1 << 15  # columns per thread that the kernels take at once, so that their scratch stays near the core
 
 
 def _evaluate(spline: _Spline, z: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -241,7 +272,7 @@ def _evaluate(spline: _Spline, z: Tensor, params: Tensor, *, inverse: bool) -> t
         missing = len(shape) + 1 - params.dim()
         params = params.reshape(params.shape[0], *[1] * missing, *params.shape[1:])
         return spline._reference(z.expand(shape), params, inverse=inverse)
-    if z.numel() < _SMALL or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or functorch_active() or forward_ad._current_level >= 0:
         return spline._reference(z, params, inverse=inverse)
     return _Map.apply(spline, inverse, z, params)
 
@@ -250,102 +281,40 @@ class _Map(torch.autograd.Function):
     """(z, params) -> (out, log_slope) by the kernels."""
 
     @staticmethod
-    def forward(spline: _Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, spline: _Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.spline, ctx.inverse = spline, inverse
+        ctx.save_for_backward(z, params)
         layout = _Layout(params)
-        out, log_slope = _map_rows(spline, layout.flatten(z), layout.rows(params), inverse)
+        kernel = partial(_map_rows, spline, inverse)
+        out, log_slope = _in_parts(kernel, layout.flatten(z), layout.rows(params))
         return layout.restore(out), layout.restore(log_slope)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.spline, ctx.inverse, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, g_out: Tensor, g_log: Tensor) -> tuple:
-        if torch._C._functorch.is_legacy_batchedtensor(g_out) or torch._C._functorch.is_legacy_batchedtensor(g_log):
-            return None, None, *_legacy_batched_gradient(ctx, g_out, g_log)
-        return None, None, *_Gradient.apply(ctx.spline, ctx.inverse, *ctx.saved_tensors, g_out, g_log)
-
-    @staticmethod
-    def jvp(ctx: Any, _spline: None, _inverse: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _tangent(_reference_of(ctx), ctx.saved_tensors, tangents)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, spline: _Spline, inverse: bool, *tensors: Tensor) -> tuple:
-        z, params = _batched(info, in_dims[2:], tensors, rows=(False, True))
-        return _evaluate(spline, z, params, inverse=inverse), (0, 0)
-
-
-class _Gradient(torch.autograd.Function):
-    """(z, params, g_out, g_log) -> gradients with respect to (z, params), by the kernels."""
-
-    @staticmethod
-    def forward(
-        spline: _Spline, inverse: bool, z: Tensor, params: Tensor, g_out: Tensor, g_log: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, g_out: Tensor, g_log: Tensor) -> tuple[Tensor | None, ...]:
+        z, params = ctx.saved_tensors
+        batched = functorch_active() or any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (g_out, g_log))
+        if batched or torch.is_grad_enabled():
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (z, params)]
+                out = ctx.spline._reference(*leaves, inverse=ctx.inverse)
+                return None, None, *torch.autograd.grad(out, leaves, (g_out, g_log), create_graph=create_graph)
         layout = _Layout(params)
-        g_z, g_params = _gradient_rows(
-            spline, layout.flatten(z), layout.rows(params), layout.flatten(g_out), layout.flatten(g_log), inverse
+        kernel = partial(_gradient_rows, ctx.spline, ctx.inverse)
+        g_z, g_params = _in_parts(
+            kernel, layout.flatten(z), layout.rows(params), layout.flatten(g_out), layout.flatten(g_log)
         )
-        return layout.restore(g_z), layout.restore(g_params)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.spline, ctx.inverse, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        return None, None, *torch.func.vjp(_reference_gradient_of(ctx), *ctx.saved_tensors)[1](cotangents)
-
-    @staticmethod
-    def jvp(ctx: Any, _spline: None, _inverse: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _tangent(_reference_gradient_of(ctx), ctx.saved_tensors, tangents)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, spline: _Spline, inverse: bool, *tensors: Tensor) -> tuple:
-        batched = _batched(info, in_dims[2:], tensors, rows=(False, True, False, False))
-        g_z, g_params = _Gradient.apply(spline, inverse, *batched)
-        return (g_z, g_params), (0, 1)
+        return None, None, layout.restore(g_z), layout.restore(g_params)
 
 
-def _reference_of(ctx: Any) -> Any:
-    return lambda z, params: ctx.spline._reference(z, params, inverse=ctx.inverse)
-
-
-def _reference_gradient_of(ctx: Any) -> Any:
-    return lambda z, params, *g: torch.func.vjp(_reference_of(ctx), z, params)[1](g)
-
-
-def _legacy_batched_gradient(ctx: Any, *g: Tensor) -> tuple[Tensor, ...]:
-    """The gradient under `torch.autograd.grad(..., is_grads_batched=True)`, whose vmap no Function can hook into."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        tensors = [t if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        out = ctx.spline._reference(*tensors, inverse=ctx.inverse)
-        return torch.autograd.grad(out, tensors, g, create_graph=create_graph)
-
-
-def _tangent(function: Any, primals: tuple, tangents: tuple) -> tuple:
-    """Forward-mode derivative of ``function``: the adjoint of its adjoint, since forward modes do not nest."""
-    dense = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True))
-    out, pull = torch.func.vjp(function, *primals)
-    return torch.func.vjp(lambda *g: pull(g), *(torch.zeros_like(o) for o in out))[1](dense)
-
-
-def _batched(info: Any, in_dims: tuple, tensors: tuple, *, rows: tuple) -> list[Tensor]:
-    """Bring vmap's axis to the front of each tensor, behind the rows of parameters."""
-    moved = []
-    for tensor, dim, has_rows in zip(tensors, in_dims, rows, strict=True):
-        to = 1 if has_rows else 0
-        if dim is None:
-            tensor = tensor.unsqueeze(to)
-            moved.append(tensor.expand(*tensor.shape[:to], info.batch_size, *tensor.shape[to + 1 :]))
-        else:
-            moved.append(tensor.movedim(dim, to))
-    return moved
+def _in_parts(kernel: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """Call an elementwise kernel on (..., N) tensors, by chunks of columns where there are many."""
+    N, chunk = tensors[0].numel(), _CHUNK * torch.get_num_threads()
+    if N <= 2 * chunk or tensors[0].device.type != "cpu":
+        return kernel(*tensors)
+    parts = [kernel(*(t[..., i : i + chunk] for t in tensors)) for i in range(0, N, chunk)]
+    first, second = zip(*parts, strict=True)
+    return torch.cat(first, -1), torch.cat(second, -1)
 
 
 class _Layout:
@@ -381,10 +350,10 @@ class _Layout:
         return full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
 
 
-def _map_rows(spline: _Spline, z: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _map_rows(spline: _Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """The map on (N,) and (num_params, N), without a graph."""
-    inner, _, _, _, rows, _ = _look_up(spline, z, params, inverse)
-    out, log_slope = spline._bin(inner, *rows, inverse=inverse)
+    inner, bins, *_ = _look_up(spline, z, params, inverse)
+    out, log_slope = spline._bin(inner, *bins, inverse=inverse)
     inside = inner == z
     return torch.where(inside, out, z), log_slope.mul_(inside)
 
@@ -393,69 +362,66 @@ def _look_up(spline: _Spline, z: Tensor, params: Tensor, inverse: bool) -> tuple
     """Build the knots and find each input's bin.
 
     Returns:
-        The input clamped to the box; softmaxes (2, K, N) of widths and heights; ``reached`` (K + 1, N), 1 where the input
-        is not below the knot (by definition 1 at the first and 0 at the last); the bin's index as a float; the rows that
-        belong to the bin (x0, x1, y0, y1, raw slopes, raw values); the position of (bin, column) in flat memory.
+        The input clamped to the box; the arguments of :meth:`_Spline._bin`; the softmaxes (2, K, N) of widths and heights;
+        ``reached`` (K, N), 1 where the input is not below the knot k + 1 and 0 in the last row; the index of the bin as a
+        float (N,); the positions (2, N) of the bin's ends in flat memory.
     """
     K, B, N = spline.count_bins, spline.bound, z.numel()
     probs, tables = params.new_empty(2, K, N), params.new_empty(3, K + 1, N)
     torch.softmax(params[: 2 * K].unflatten(0, (2, K)), 1, out=probs)
-    knots, slopes = tables[:2], tables[2]
+    tables[:, ::K] = 0
     if K > 1:
-        interior = knots[:, 1:K]
         if z.device.type == "cpu":
-            c, p = interior.unbind(1), probs.unbind(1)
-            c[0].copy_(p[0])
-            for k in range(1, K - 1):  # half the time of torch.cumsum
-                torch.add(c[k - 1], p[k], out=c[k])
+            c, p = tables[:2].unbind(1), probs.unbind(1)
+            for k in range(1, K):  # a third of the time of torch.cumsum
+                torch.add(c[k - 1], p[k - 1], out=c[k])
         else:
-            torch.cumsum(probs[:, : K - 1], 1, out=interior)
-        torch.add(spline._even(z)[:, None], interior, alpha=spline._range, out=interior)
-        slopes[1:K] = params[2 * K : 3 * K - 1]
-    knots[:, 0], knots[:, K] = -B, B
-    slopes[0] = slopes[K] = 0
+            torch.cumsum(probs[:, : K - 1], 1, out=tables[:2, 1:K])
+        tables[2, 1:K] = params[2 * K : 3 * K - 1]
+    knots = torch.add(spline._even(z)[:, None], tables[:2], alpha=spline._spread, out=tables[:2])
     inner = z.clamp(-B, B)
-    reached = params.new_empty(K + 1, N)
-    reached[0], reached[K] = 1, 0
-    torch.ge(inner, knots[int(inverse), 1:K], out=reached[1:K])
-    index = reached[1:K].sum(0)
-    at = torch.add(torch.arange(N, device=z.device), index.long(), alpha=N)
-    flat = tables.view(-1)
-    rows = [flat[(i * (K + 1) + j) * N :].index_select(0, at) for i in range(3) for j in (0, 1)]
+    reached = params.new_empty(K, N)
+    torch.ge(inner, knots[int(inverse), 1:K], out=reached[:-1])
+    index = reached[:-1].sum(0)
+    at = torch.add(torch.arange(2 * N, device=z.device).view(2, N), index.long(), alpha=N)
+    ends = tables.view(3, -1).index_select(1, at.view(-1)).view(3, 2, N)
+    bins = [ends[:2], ends[2]]
     if spline._values_per_bin:
-        rows.append(params[3 * K - 1 :].gather(0, index.long()[None])[0])
-    return inner, probs, reached, index, rows, at
+        bins.append(params[3 * K - 1 :].gather(0, index.long()[None])[0])
+    return inner, bins, probs, reached, index, at
 
 
 def _gradient_rows(
-    spline: _Spline, z: Tensor, params: Tensor, g_out: Tensor, g_log: Tensor, inverse: bool
+    spline: _Spline, inverse: bool, z: Tensor, params: Tensor, g_out: Tensor, g_log: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients on (N,) and (num_params, N).
 
-    A width's logit j meets the output through the lower knot if j < bin and through the upper one if j <= bin. So the
-    adjoint of softmax and cumulative sum is p_j ([j < bin] g_lower + [j <= bin] g_upper - t), with
-    t = c_lower g_lower + c_upper g_upper known from the bin alone.
+    Logit j of the widths moves the lower end of the bin if j < bin, and the upper end if j <= bin. So the adjoint of
+    softmax and cumulative sum is p_j ([j < bin] g_lower + [j <= bin] g_upper - t), where t = c_lower g_lower + c_upper
+    g_upper is known from the bin alone: no reduction over the bins.
     """
-    K, B, N = spline.count_bins, spline.bound, z.numel()
-    inner, probs, reached, index, rows, at = _look_up(spline, z, params, inverse)
+    K, N = spline.count_bins, z.numel()
+    inner, bins, probs, reached, index, at = _look_up(spline, z, params, inverse)
+    reached[-1] = 0
     inside = torch.eq(inner, z, out=torch.empty_like(z))
     g_inside = g_out * inside
-    g_z, *g_rows = spline._bin_gradient(inner, *rows, g_out=g_inside, g_log=g_log * inside, inverse=inverse)
-    grads = params.new_empty(params.shape[0] + 1, N)  # a spare row for the slopes at the ends of the box
+    g_z, g_ends, g_slopes, *g_bin = spline._bin_gradient(
+        inner, *bins, g_out=g_inside, g_log=g_log * inside, inverse=inverse
+    )
+    grads = params.new_empty(params.shape[0] + 1, N)  # a spare row: slopes at ±bound have none of their own
     flat = grads.view(-1)
-    grads[2 * K :].zero_()
-    flat[(2 * K - 1) * N :].scatter_(0, at, g_rows[4])
-    flat[2 * K * N :].scatter_(0, at, g_rows[5])
+    grads[2 * K :] = 0
+    flat[(2 * K - 1) * N :].scatter_(0, at.view(-1), g_slopes.view(-1))
     if spline._values_per_bin:
-        grads[3 * K - 1].zero_()
-        flat[(3 * K - 1) * N :].scatter_(0, at, g_rows[6])
-    step = 2 * B * spline.min_bin / K
-    offset = B - step * index
-    for i in (0, 1):
-        lower, upper = rows[2 * i : 2 * i + 2]
-        g_lower, g_upper = g_rows[2 * i : 2 * i + 2]
-        t = (lower + offset) * g_lower + (upper + (offset - step)) * g_upper
-        block = grads[i * K : (i + 1) * K]
-        torch.addcmul(-t, reached[1:], g_lower * spline._range, out=block)
-        block.addcmul_(reached[:-1], g_upper * spline._range).mul_(probs[i])
+        grads[3 * K - 1] = 0
+        flat[(3 * K - 1) * N :].scatter_(0, at[0], *g_bin)
+    step = 2 * spline.bound * spline.min_bin / K
+    spread_c = bins[0] + (spline.bound - step * index)  # at the upper end without its last step
+    t = (spread_c * g_ends).sum(1) - step * g_ends[:, 1]
+    g_lower, g_upper = (spline._spread * g_ends).unbind(1)
+    logits = grads[: 2 * K].view(2, K, N)
+    torch.addcmul(-t[:, None], reached, g_lower[:, None], out=logits)
+    logits[:, 1:].addcmul_(reached[:-1], g_upper[:, None])
+    logits[:, 0] += g_upper
+    logits *= probs
     return g_z + (g_out - g_inside), grads[:-1]
