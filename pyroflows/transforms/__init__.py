@@ -63,6 +63,17 @@ from pyroflows.transforms.normalization import (
     conditional_actnorm,
     conditional_batchnorm,
 )
+from pyroflows.transforms.residual import (
+    Planar,
+    Radial,
+    Sylvester,
+    conditional_planar,
+    conditional_radial,
+    conditional_sylvester,
+    planar,
+    radial,
+    sylvester,
+)
 
 __all__ = [
     "ActNorm",
@@ -77,6 +88,9 @@ __all__ = [
     "Linear",
     "MatrixExponential",
     "Permute",
+    "Planar",
+    "Radial",
+    "Sylvester",
     "TriangularAffine",
     "actnorm",
     "additive_coupling",
@@ -98,9 +112,12 @@ __all__ = [
     "conditional_linear",
     "conditional_lower_cholesky_affine",
     "conditional_matrix_exponential",
+    "conditional_planar",
+    "conditional_radial",
     "conditional_spline",
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
+    "conditional_sylvester",
     "coupling",
     "elementwise",
     "elementwise_affine",
@@ -113,8 +130,11 @@ __all__ = [
     "lower_cholesky_affine",
     "matrix_exponential",
     "permute",
+    "planar",
+    "radial",
     "reverse",
     "spline",
     "spline_autoregressive",
     "spline_coupling",
+    "sylvester",
 ]
