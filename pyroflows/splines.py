@@ -282,17 +282,18 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spline: _Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.spline, ctx.inverse = spline, inverse
-        ctx.save_for_backward(z, params)
         layout = _Layout(params)
-        kernel = partial(_map_rows, spline, inverse)
-        out, log_slope = _in_parts(kernel, layout.flatten(z), layout.rows(params))
+        out, log_slope, bins, index = _in_parts(
+            partial(_map_rows, spline, inverse), layout.flatten(z), layout.rows(params)
+        )
+        ctx.spline, ctx.inverse = spline, inverse
+        ctx.save_for_backward(z, params, bins, index)
         return layout.restore(out), layout.restore(log_slope)
 
     @staticmethod
     def backward(ctx: Any, g_out: Tensor, g_log: Tensor) -> tuple[Tensor | None, ...]:
-        z, params = ctx.saved_tensors
-        batched = functorch_active() or any(torch._C._functorch.is_legacy_batchedtensor(g) for g in (g_out, g_log))
+        z, params, bins, index = ctx.saved_tensors
+        batched = functorch_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, (g_out, g_log)))
         if batched or torch.is_grad_enabled():
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
@@ -301,20 +302,18 @@ class _Map(torch.autograd.Function):
                 return None, None, *torch.autograd.grad(out, leaves, (g_out, g_log), create_graph=create_graph)
         layout = _Layout(params)
         kernel = partial(_gradient_rows, ctx.spline, ctx.inverse)
-        g_z, g_params = _in_parts(
-            kernel, layout.flatten(z), layout.rows(params), layout.flatten(g_out), layout.flatten(g_log)
-        )
+        columns = (layout.flatten(t) for t in (z, g_out, g_log))
+        g_z, g_params = _in_parts(kernel, *columns, layout.rows(params), bins, index)
         return None, None, layout.restore(g_z), layout.restore(g_params)
 
 
-def _in_parts(kernel: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def _in_parts(kernel: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Call an elementwise kernel on (..., N) tensors, by chunks of columns where there are many."""
     N, chunk = tensors[0].numel(), _CHUNK * torch.get_num_threads()
     if N <= 2 * chunk or tensors[0].device.type != "cpu":
         return kernel(*tensors)
     parts = [kernel(*(t[..., i : i + chunk] for t in tensors)) for i in range(0, N, chunk)]
-    first, second = zip(*parts, strict=True)
-    return torch.cat(first, -1), torch.cat(second, -1)
+    return tuple(torch.cat(part, -1) for part in zip(*parts, strict=True))
 
 
 class _Layout:
@@ -350,21 +349,12 @@ class _Layout:
         return full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
 
 
-def _map_rows(spline: _Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """The map on (N,) and (num_params, N), without a graph."""
-    inner, bins, *_ = _look_up(spline, z, params, inverse)
-    out, log_slope = spline._bin(inner, *bins, inverse=inverse)
-    inside = inner == z
-    return torch.where(inside, out, z), log_slope.mul_(inside)
-
-
-def _look_up(spline: _Spline, z: Tensor, params: Tensor, inverse: bool) -> tuple:
-    """Build the knots and find each input's bin.
+def _map_rows(spline: _Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, ...]:
+    """The map on (N,) and (num_params, N), without a graph.
 
     Returns:
-        The input clamped to the box; the arguments of :meth:`_Spline._bin`; the softmaxes (2, K, N) of widths and heights;
-        ``reached`` (K, N), 1 where the input is not below the knot k + 1 and 0 in the last row; the index of the bin as a
-        float (N,); the positions (2, N) of the bin's ends in flat memory.
+        The output and the log-slope (N,); what belongs to the bin of each input, (6 or 7, N): x and y at its lower and its
+        upper end, raw slopes there, raw values of the bin; the index of the bin as a float (N,).
     """
     K, B, N = spline.count_bins, spline.bound, z.numel()
     probs, tables = params.new_empty(2, K, N), params.new_empty(3, K + 1, N)
@@ -380,48 +370,67 @@ def _look_up(spline: _Spline, z: Tensor, params: Tensor, inverse: bool) -> tuple
         tables[2, 1:K] = params[2 * K : 3 * K - 1]
     knots = torch.add(spline._even(z)[:, None], tables[:2], alpha=spline._spread, out=tables[:2])
     inner = z.clamp(-B, B)
-    reached = params.new_empty(K, N)
-    torch.ge(inner, knots[int(inverse), 1:K], out=reached[:-1])
-    index = reached[:-1].sum(0)
-    at = torch.add(torch.arange(2 * N, device=z.device).view(2, N), index.long(), alpha=N)
-    ends = tables.view(3, -1).index_select(1, at.view(-1)).view(3, 2, N)
-    bins = [ends[:2], ends[2]]
+    index = torch.ge(inner, knots[int(inverse), 1:K], out=params.new_empty(K - 1, N)).sum(0)
+    at = _positions(index)
+    bins = tables.view(3, -1).index_select(1, at.view(-1)).view(6, N)
     if spline._values_per_bin:
-        bins.append(params[3 * K - 1 :].gather(0, index.long()[None])[0])
-    return inner, bins, probs, reached, index, at
+        bins = torch.cat([bins, params[3 * K - 1 :].gather(0, index.long()[None])])
+    out, log_slope = spline._bin(inner, *_split(bins), inverse=inverse)
+    inside = inner == z
+    return torch.where(inside, out, z), log_slope.mul_(inside), bins, index
+
+
+def _positions(index: Tensor) -> Tensor:
+    """Where rows index and index + 1 of each column lie in the memory of a (rows, N) table; shape (2, N)."""
+    N = index.numel()
+    return torch.add(torch.arange(2 * N, device=index.device).view(2, N), index.long(), alpha=N)
+
+
+def _split(bins: Tensor) -> tuple[Tensor, ...]:
+    """The arguments of :meth:`_Spline._bin` behind the first."""
+    return bins[:4].view(2, 2, -1), bins[4:6], *bins[6:]
 
 
 def _gradient_rows(
-    spline: _Spline, inverse: bool, z: Tensor, params: Tensor, g_out: Tensor, g_log: Tensor
+    spline: _Spline,
+    inverse: bool,
+    z: Tensor,
+    g_out: Tensor,
+    g_log: Tensor,
+    params: Tensor,
+    bins: Tensor,
+    index: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients on (N,) and (num_params, N).
+    """Gradients (N,) and (num_params, N).
 
     Logit j of the widths moves the lower end of the bin if j < bin, and the upper end if j <= bin. So the adjoint of
     softmax and cumulative sum is p_j ([j < bin] g_lower + [j <= bin] g_upper - t), where t = c_lower g_lower + c_upper
     g_upper is known from the bin alone: no reduction over the bins.
     """
     K, N = spline.count_bins, z.numel()
-    inner, bins, probs, reached, index, at = _look_up(spline, z, params, inverse)
-    reached[-1] = 0
+    inner = z.clamp(-spline.bound, spline.bound)
     inside = torch.eq(inner, z, out=torch.empty_like(z))
     g_inside = g_out * inside
+    ends, raw_slopes, *raw_bin = _split(bins)
     g_z, g_ends, g_slopes, *g_bin = spline._bin_gradient(
-        inner, *bins, g_out=g_inside, g_log=g_log * inside, inverse=inverse
+        inner, ends, raw_slopes, *raw_bin, g_out=g_inside, g_log=g_log * inside, inverse=inverse
     )
     grads = params.new_empty(params.shape[0] + 1, N)  # a spare row: slopes at ±bound have none of their own
-    flat = grads.view(-1)
+    flat, at = grads.view(-1), _positions(index)
     grads[2 * K :] = 0
     flat[(2 * K - 1) * N :].scatter_(0, at.view(-1), g_slopes.view(-1))
     if spline._values_per_bin:
         grads[3 * K - 1] = 0
         flat[(3 * K - 1) * N :].scatter_(0, at[0], *g_bin)
     step = 2 * spline.bound * spline.min_bin / K
-    spread_c = bins[0] + (spline.bound - step * index)  # at the upper end without its last step
+    spread_c = ends + (spline.bound - step * index)  # at the upper end without its last step
     t = (spread_c * g_ends).sum(1) - step * g_ends[:, 1]
     g_lower, g_upper = (spline._spread * g_ends).unbind(1)
     logits = grads[: 2 * K].view(2, K, N)
-    torch.addcmul(-t[:, None], reached, g_lower[:, None], out=logits)
-    logits[:, 1:].addcmul_(reached[:-1], g_upper[:, None])
+    probs = torch.softmax(params[: 2 * K].unflatten(0, (2, K)), 1)
+    passed = torch.gt(index, torch.arange(K, device=z.device)[:, None], out=params.new_empty(K, N))  # [j < bin]
+    torch.addcmul(-t[:, None], passed, g_lower[:, None], out=logits)
+    logits[:, 1:].addcmul_(passed[:-1], g_upper[:, None])
     logits[:, 0] += g_upper
     logits *= probs
     return g_z + (g_out - g_inside), grads[:-1]
