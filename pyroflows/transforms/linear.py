@@ -301,7 +301,8 @@ class MatrixExponential(Along):
 
     Args:
         input_dim: Number of features D.
-        bound: If given, M is shrunk smoothly so that its Frobenius norm stays below ``bound``.
+        bound: M is shrunk smoothly so that its Frobenius norm stays below ``bound``; far beyond
+            the default float32 overflows.
         context_dim: Features of the context; 0 for none.
         **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
 
@@ -313,10 +314,10 @@ class MatrixExponential(Along):
     """
 
     def __init__(
-        self, input_dim: int, bound: float | None = None, *, context_dim: int = 0, **network: Any
+        self, input_dim: int, bound: float = 32.0, *, context_dim: int = 0, **network: Any
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim)
-        if bound is not None and not bound > 0:
+        if not bound > 0:
             raise ValueError(f"bound must be positive; got {bound}")
         self.bound = bound
         start = torch.zeros(1, input_dim, input_dim)
@@ -324,9 +325,8 @@ class MatrixExponential(Along):
 
     def _move(self, value: Tensor, context: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
         matrix = sign * self.weights.of(context)[0]
-        if self.bound is not None:
-            norm2 = (matrix * matrix).sum((-2, -1), keepdim=True)
-            matrix = matrix * torch.rsqrt(1 + norm2 / self.bound**2)
+        norm2 = (matrix * matrix).sum((-2, -1), keepdim=True)
+        matrix = matrix * torch.rsqrt(1 + norm2 / self.bound**2)
         rows = rows_along(value, -1, batched=matrix.dim() > 2) @ torch.matrix_exp(matrix).mT
         log_det = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         return from_rows(rows, value, -1), log_det.expand(value.shape[:-1])
@@ -447,13 +447,16 @@ def matrix_exponential(
     """Return :class:`MatrixExponential`.
 
     The exponential is not truncated: ``iterations`` is taken for Pyro's sake and changes nothing.
+    ``bound=None`` stands for the default of the class.
 
     Raises:
         ValueError: If ``normalization`` is not "none", the only one there is.
     """
     if normalization != "none":
         raise ValueError(f"normalization must be 'none'; got {normalization!r}. Use bound=")
-    return MatrixExponential(input_dim, bound, **kwargs)
+    if bound is not None:
+        kwargs.update(bound=bound)
+    return MatrixExponential(input_dim, **kwargs)
 
 
 def conditional_matrix_exponential(
