@@ -123,10 +123,20 @@ class _Spline:
         inverse: bool,
     ) -> tuple[Tensor, ...]:
         """Gradients of g_out · out + g_log · log_slope with respect to every argument of :meth:`_bin`."""
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (z, ends, raw_slopes, *raw_bin)]
-            out = self._bin(*leaves, inverse=inverse)
-            return torch.autograd.grad(out, leaves, (g_out, g_log))
+        raise NotImplementedError
+
+    @staticmethod
+    def _ends_gradient(
+        w: Tensor, h: Tensor, xi: Tensor, r: Tensor, g_xi: Tensor, g_y: Tensor, g_s: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """From gradients of relative position, output and log(h / w) to those of the input and the ends (2, 2, N)."""
+        g_z = g_xi / w
+        g_ends = g_z.new_empty(2, 2, *g_z.shape)
+        torch.add(g_z * xi, g_s / w, out=g_ends[0, 1]).neg_()
+        torch.addcmul(g_s / h, g_y, r, out=g_ends[1, 1])
+        torch.add(g_z, g_ends[0, 1], out=g_ends[0, 0]).neg_()
+        torch.sub(g_y, g_ends[1, 1], out=g_ends[1, 0])
+        return (-g_y if inverse else g_z), g_ends
 
 
 @dataclass(frozen=True)
@@ -165,10 +175,11 @@ class RationalQuadratic(_Spline):
         r = r.clamp(0, 1)
         rest = 1 - r
         delta = a0 * rest - a1 * r
-        right = delta < 0
-        t = torch.sqrt(delta * delta + 4 * r * rest) + torch.where(right, -delta, delta)
-        low, high = torch.where(right, t, 2 * r), torch.where(right, 2 * rest, t)
-        return low / (low + high), high / (low + high)
+        right = (delta < 0).to(r.dtype)
+        t = torch.sqrt(delta * delta + 4 * r * rest) + delta * (1 - 2 * right)
+        low, high = torch.lerp(2 * r, t, right), torch.lerp(t, 2 * rest, right)
+        total = low + high
+        return low / total, high / total
 
     def _bin_gradient(
         self,
@@ -208,13 +219,8 @@ class RationalQuadratic(_Spline):
         g_a[0] += rise
         g_a *= a
         g_s = g_log - g_a.sum(0)
-        g_z = g_xi / w
-        g_ends = torch.empty_like(ends)
-        torch.add(g_z * xi, g_s / w, out=g_ends[0, 1]).neg_()
-        torch.addcmul(g_s / h, g_y, r, out=g_ends[1, 1])
-        torch.add(g_z, g_ends[0, 1], out=g_ends[0, 0]).neg_()
-        torch.sub(g_y, g_ends[1, 1], out=g_ends[1, 0])
-        return -g_y if inverse else g_z, g_ends, g_a * (cosine * cosine * cosine)
+        g_z, g_ends = self._ends_gradient(w, h, xi, r, g_xi, g_y, g_s, inverse)
+        return g_z, g_ends, g_a * (cosine * cosine * cosine)
 
 
 @dataclass(frozen=True)
@@ -233,11 +239,10 @@ class LinearRational(_Spline):
         lam = self.min_lambda + (1 - 2 * self.min_lambda) * torch.sigmoid(raw_bin[0])
         m = lam * e0 + (1 - lam) * e1
         u = ((z - y0) / h if inverse else (z - x0) / w).clamp(0, 1)
-        left = u <= (lam * e0 / m if inverse else lam)
-        e, share = torch.where(left, e0, e1), torch.where(left, lam, 1 - lam)
+        left = (u <= (lam * e0 / m if inverse else lam)).to(u.dtype)
+        e, share, u = torch.lerp(e1, e0, left), torch.lerp(1 - lam, lam, left), torch.lerp(1 - u, u, left)
         rise = share * e / m
         c = e * m * w / h
-        u = torch.where(left, u, 1 - u)
         if inverse:
             t = (u / rise).clamp(0, 1)
             v = t / (t + c * (1 - t))
@@ -247,9 +252,81 @@ class LinearRational(_Spline):
         log_slope = 2 * torch.log(e / den)
         if inverse:
             xi = share * v
-            return x0 + w * torch.where(left, xi, 1 - xi), -log_slope
+            return x0 + w * torch.lerp(1 - xi, xi, left), -log_slope
         r = rise * c * v / den
-        return y0 + h * torch.where(left, r, 1 - r), log_slope
+        return y0 + h * torch.lerp(1 - r, r, left), log_slope
+
+    def _bin_gradient(
+        self,
+        z: Tensor,
+        ends: Tensor,
+        raw_slopes: Tensor,
+        *raw_bin: Tensor,
+        g_out: Tensor,
+        g_log: Tensor,
+        inverse: bool,
+    ) -> tuple[Tensor, ...]:
+        x0, y0 = ends[:, 0]
+        w, h = ends[:, 1] - ends[:, 0]
+        limit = math.log(self.max_slope)
+        tangent = (raw_slopes / limit).clamp_(-1e9, 1e9)  # of an angle whose sine is the soft bound
+        cosine = torch.rsqrt(1 + tangent * tangent)
+        e01 = torch.exp(limit / 2 * tangent * cosine)
+        sigma = torch.sigmoid(raw_bin[0])
+        lam = self.min_lambda + (1 - 2 * self.min_lambda) * sigma
+        shares = torch.stack([lam, 1 - lam])
+        parts = shares * e01
+        m = parts.sum(0)
+        u = ((z - y0) / h if inverse else (z - x0) / w).clamp(0, 1)
+        left = (u <= (parts[0] / m if inverse else lam)).to(u.dtype)
+        sign = 2 * left - 1
+        e, share = torch.lerp(e01[1], e01[0], left), torch.lerp(shares[1], shares[0], left)
+        u = torch.lerp(1 - u, u, left)
+        rise = share * e / m
+        c = e * m * w / h
+        if inverse:
+            t = (u / rise).clamp(0, 1)
+            v = t / (t + c * (1 - t))
+        else:
+            v = (u / share).clamp(0, 1)
+        over_den = torch.reciprocal(1 - v + c * v)
+        t = c * v * over_den
+        xi, r = share * v, rise * t
+        # t(v; c) is a Möbius map of [0, 1]: dt/dv = c / den², dt/dc = v (1 - v) / den².
+        slope = c * over_den * over_den
+        if inverse:  # implicitly: out solves r(out) = z, and log_slope is -log r'(out)
+            g_log = -2 * g_log
+            bend = g_log * over_den
+            g_v = -share * sign * w * g_out
+            g_t = (g_v + bend * (c - 1)) / slope
+        else:
+            g_log = 2 * g_log
+            bend = g_log * over_den
+            g_t = sign * rise * h * g_out
+            g_v = g_t * slope - bend * (c - 1)
+        g_rise, g_c = g_t * t, v * (g_t * (1 - v) * slope - bend * c)  # of the logarithms, as are g_e and g_s
+        g_m = (g_c - g_rise) / m
+        g_e = parts * g_m
+        own = g_log + g_rise + g_c
+        g_e[0] += own * left
+        g_e[1] += own * (1 - left)
+        g_lam = g_m * (e01[0] - e01[1]) + sign * (g_rise - g_v * v) / share
+        g_z, g_ends = self._ends_gradient(
+            w,
+            h,
+            torch.lerp(1 - xi, xi, left),
+            torch.lerp(1 - r, r, left),
+            sign * g_v / share,
+            sign * g_t / (rise * h),
+            -g_c,
+            inverse,
+        )
+        return (
+            g_z,
+            g_ends,
+            g_e * (cosine * cosine * cosine) / 2,
+            g_lam * ((1 - 2 * self.min_lambda) * sigma * (1 - sigma)),
+        )
 
 
 _CHUNK = 1 << 15  # columns per thread that the kernels take at once, so that their scratch stays near the core
