@@ -1,0 +1,283 @@
+"""Cells of one column in the terms of its conditional density, and back."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyroflows.density.marginals import Histogram, NormalScores
+from pyroflows.tables import Column
+
+__all__ = ["Encoded", "LabelCells", "NumberCells", "cells_for"]
+
+NEVER = -1e30  # stands for log 0 where -inf would spoil gradients
+POINT = 1e-8  # width in normal scores that stands for a point
+
+
+class Encoded(NamedTuple):
+    """Cells, each of shape (N,): what :func:`pyroflows.density.network.mixture_log_prob` needs."""
+
+    cell: Tensor
+    inside: Tensor
+    upper: Tensor
+    width: Tensor
+    offset: Tensor
+
+
+class LabelCells(nn.Module):
+    """A column of codes: the most frequent labels have a bin each, the rarer ones share the last by their frequencies.
+
+    Args:
+        group: Bin of each code, shape (C,).
+        log_inside: Log-probability of the code inside its bin, shape (C,).
+        bin_mass: Probabilities of the bins.
+        log_unseen: Log-probability of a label that fitting did not see.
+        has_missing: Whether fitting saw missing cells.
+    """
+
+    is_label = True
+
+    def __init__(
+        self, group: Tensor, log_inside: Tensor, bin_mass: Tensor, log_unseen: Tensor, has_missing: Tensor
+    ) -> None:
+        super().__init__()
+        for name, value in dict(
+            group=group, log_inside=log_inside, bin_mass=bin_mass, log_unseen=log_unseen, missing_seen=has_missing
+        ).items():
+            self.register_buffer(name, value)
+
+    @property
+    def num_bins(self) -> int:
+        """Outcomes of the conditional softmax."""
+        return len(self.bin_mass)
+
+    @property
+    def num_features(self) -> int:
+        """Inputs that the column gives to later ones."""
+        return self.num_bins + int(self.missing_seen)
+
+    @classmethod
+    def fit(cls, codes: np.ndarray, count: int, *, max_bins: int = 128) -> LabelCells:
+        """From codes (NaN where missing) of ``count`` levels."""
+        held = codes[~np.isnan(codes)].astype(int)
+        freq = np.bincount(held[held < count], minlength=count).astype(float)[: max(count, 1)]
+        freq = (freq if count else np.ones(1)) + 0.1
+        rank = np.empty(len(freq), int)
+        rank[np.argsort(-freq, kind="stable")] = np.arange(len(freq))
+        group = np.minimum(rank, max_bins - 1)
+        mass = np.bincount(group, freq)
+        unseen = 1 / (len(held) + 2)
+        inside = np.log(freq / mass[group]) + math.log1p(-unseen)
+        tensor = torch.as_tensor
+        return cls(
+            tensor(group),
+            tensor(inside),
+            tensor(mass / mass.sum()),
+            torch.tensor(math.log(unseen), dtype=torch.float64),
+            torch.tensor(bool(len(held) < len(codes))),
+        )
+
+    def encode(self, x: Tensor, *, lattice: bool = True) -> Encoded:
+        """Codes to cells; an unknown code gets bin -1."""
+        code = x.nan_to_num(0).long()
+        known = code < len(self.group)
+        code = torch.where(known, code, 0)
+        zero = torch.zeros_like(x)
+        return Encoded(torch.where(known, self.group[code], -1), self.log_inside[code], zero, zero + 1, zero)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Indicators of the bins, and of a missing cell, shape (N, num_features)."""
+        cell = torch.where(x.isnan(), -1, self.encode(x).cell)
+        hot = F.one_hot(cell + 1, self.num_bins + 1)[:, 1:].float()
+        return torch.cat([hot, x.isnan().float()[:, None]], 1) if self.missing_seen else hot
+
+    def draw(self, cell: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A code from each bin."""
+        one = torch.zeros(self.num_bins, dtype=torch.long).scatter_(0, self.group, torch.arange(len(self.group)))
+        code = one[cell]
+        rest = (cell == self.num_bins - 1).nonzero()[:, 0]
+        crowd = (self.group == self.num_bins - 1).nonzero()[:, 0]
+        if len(crowd) > 1 and len(rest):
+            pick = torch.multinomial(self.log_inside[crowd].exp(), len(rest), True, generator=generator)
+            code[rest] = crowd[pick]
+        return code.double()
+
+
+class NumberCells(nn.Module):
+    """A column of numbers: bins of a histogram, then a bin per atom; normal scores for the smooth part.
+
+    Args:
+        hist: The histogram of the regular values.
+        scores: Their map to normal scores.
+        atoms: Values of their own probability, shape (A,).
+        loc: Center of the standardized copy that later columns see.
+        scale: Its scale.
+        mass: Probabilities of the bins, atoms last.
+        step: Recording step, 0 for none.
+        anchor: A value on the lattice.
+        bounds: Lower and upper end of the support.
+        has_missing: Whether fitting saw missing cells.
+    """
+
+    is_label = False
+
+    def __init__(
+        self,
+        hist: Histogram,
+        scores: NormalScores,
+        atoms: Tensor,
+        loc: Tensor,
+        scale: Tensor,
+        mass: Tensor,
+        step: Tensor,
+        anchor: Tensor,
+        bounds: Tensor,
+        has_missing: Tensor,
+    ) -> None:
+        super().__init__()
+        self.hist, self.scores = hist, scores
+        for name, value in dict(
+            atoms=atoms, loc=loc, scale=scale, bin_mass=mass, step=step, anchor=anchor, bounds=bounds
+        ).items():
+            self.register_buffer(name, value.double())
+        self.register_buffer("missing_seen", has_missing)
+
+    @property
+    def num_bins(self) -> int:
+        """Bins and atoms."""
+        return len(self.bin_mass)
+
+    @property
+    def num_features(self) -> int:
+        """Inputs that the column gives to later ones."""
+        return 2 + len(self.atoms) + int(self.missing_seen)
+
+    @classmethod
+    def fit(cls, values: np.ndarray, column: Column, *, max_bins: int = 64) -> NumberCells:
+        """From values (NaN where missing), at least one of them present."""
+        held = values[~np.isnan(values)]
+        atom = np.isin(held, column.atoms)
+        regular = held[~atom] if (~atom).any() else held
+        anchor = column.anchor
+        if column.step:
+            regular = anchor + np.round((regular - anchor) / column.step) * column.step
+        ends = dict(lower=column.lower, upper=column.upper)
+        hist = Histogram.fit(regular, step=column.step, max_bins=max_bins, **ends)
+        count = np.array([(held == a).sum() for a in column.atoms], float) + 0.1
+        share = max(float((~atom).sum()), 0.1)
+        mass = np.concatenate([hist.bin_mass.numpy() * share, count])
+        spread = float(np.std(regular)) or 1.0
+        if column.step:
+            spread = max(spread, column.step)
+        low, high = (-np.inf if column.lower is None else column.lower, np.inf if column.upper is None else column.upper)
+        half = (column.step or 0.0) / 2
+        tensor = torch.tensor
+        return cls(
+            hist,
+            NormalScores.fit(
+                regular,
+                lower=None if column.lower is None else column.lower - half,
+                upper=None if column.upper is None else column.upper + half,
+            ),
+            tensor(column.atoms, dtype=torch.float64),
+            tensor(float(np.mean(regular))),
+            tensor(spread),
+            torch.as_tensor(mass / mass.sum()),
+            tensor(column.step or 0.0, dtype=torch.float64),
+            tensor(anchor, dtype=torch.float64),
+            tensor([low - half, high + half], dtype=torch.float64),
+            tensor(bool(len(held) < len(values))),
+        )
+
+    def _atom(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        same = x[:, None] == self.atoms
+        return same.any(1), same.long().argmax(1) if len(self.atoms) else torch.zeros_like(x, dtype=torch.long)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """The nearest value of the lattice, written with the digits of its step."""
+        if self.step == 0:
+            return x
+        out = self.anchor + ((x - self.anchor) / self.step).round() * self.step
+        size = max(abs(float(self.anchor)), float(out.abs().max()) if len(out) else 0.0, float(self.step))
+        digits = int(min(15 - math.ceil(math.log10(size)), 5 - math.floor(math.log10(float(self.step)))))
+        return out.round(decimals=digits) if digits >= 0 else out
+
+    def encode(self, x: Tensor, *, lattice: bool = True) -> Encoded:
+        """Values to cells; differentiable in x, except for the bins.
+
+        Args:
+            x: Values, shape (N,); NaN gives NaN-free nonsense for the caller to mask.
+            lattice: Whether a value of a lattice column stands for its cell; else for the point.
+        """
+        x = x.nan_to_num(float(self.loc))
+        step = float(self.step) if lattice else 0.0
+        if step:
+            x = self.anchor + ((x - self.anchor) / step).round() * step
+            cell, inside = self.hist.log_cell(x, step)
+            upper, lower = self.scores(x + step / 2)[0], self.scores(x - step / 2)[0]
+            width = (upper - lower).clamp_min(1e-12)
+            offset = torch.full_like(x, -math.log(step))
+        else:
+            cell, inside = self.hist.log_density(x.detach())
+            upper, offset = self.scores(x)
+            width = torch.full_like(x, POINT)
+            offset = offset - math.log(POINT)
+        inside = inside.clamp_min(NEVER)
+        offset = torch.where((x < self.bounds[0]) | (x > self.bounds[1]), NEVER, offset)
+        if len(self.atoms) and lattice:
+            is_atom, which = self._atom(x)
+            cell = torch.where(is_atom, self.hist.num_bins + which, cell)
+            inside = torch.where(is_atom, 0.0, inside)
+            offset = torch.where(is_atom, NEVER, offset)
+        return Encoded(cell, inside, upper, width, offset)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normal score, standardized value, atoms, missing; shape (N, num_features)."""
+        gone = x.isnan()
+        x = x.nan_to_num(float(self.loc))
+        parts = [self.scores(x)[0].clamp(-6, 6), ((x - self.loc) / self.scale).clamp(-6, 6)]
+        parts = [torch.where(gone, 0.0, p) for p in parts]
+        if len(self.atoms):
+            is_atom, which = self._atom(x)
+            parts += list(F.one_hot(torch.where(is_atom, which + 1, 0), len(self.atoms) + 1)[:, 1:].T)
+        if self.missing_seen:
+            parts.append(gone)
+        return torch.stack([p.float() for p in parts], 1)
+
+    def draw(self, cell: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A value from each bin."""
+        u = torch.rand(len(cell), dtype=torch.float64, generator=generator)
+        regular = cell < self.hist.num_bins
+        x = self.keep(self.hist.icdf_in_bin(torch.where(regular, cell, 0), u))
+        if len(self.atoms):
+            x = torch.where(regular, x, self.atoms[(cell - self.hist.num_bins).clamp_min(0)])
+        return x
+
+    def from_score(self, s: Tensor) -> Tensor:
+        """The value at a normal score."""
+        return self.keep(self.scores.inverse(s.double()))
+
+    def below(self, x: Tensor) -> Tensor:
+        """The place just before x that no probability separates from it, unless x carries some."""
+        if self.step > 0:
+            return x - self.step
+        return torch.where(self._atom(x)[0], torch.nextafter(x, x - 1), x) if len(self.atoms) else x
+
+    def keep(self, x: Tensor) -> Tensor:
+        """On the lattice and inside the support."""
+        half = self.step / 2
+        return self.snap(x.clamp(self.bounds[0] + half, self.bounds[1] - half))
+
+
+def cells_for(values: np.ndarray, column: Column, *, max_bins: int = 64) -> LabelCells | NumberCells:
+    """The cells of a column whose encoded values are given, shape (N,)."""
+    if column.is_label:
+        return LabelCells.fit(values, len(column.levels))
+    if np.isnan(values).all():
+        raise ValueError(f"column {column.name!r} has no values")
+    return NumberCells.fit(values, column, max_bins=max_bins)

@@ -1,0 +1,701 @@
+"""The density estimator of tables, with scikit-learn's conventions and a DataFrame on both sides."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyroflows.density import files
+from pyroflows.density.columns import cells_for
+from pyroflows.density.mixtures import MixedMixture
+from pyroflows.density.model import TableModel
+from pyroflows.density.training import column_scores, default_settings, fit_mixture, plan, stack, train
+from pyroflows.tables import Schema, as_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyro.distributions as dist
+
+__all__ = ["DensityEstimator", "NotFittedError"]
+
+
+class NotFittedError(ValueError, AttributeError):
+    """The estimator was used before ``fit``."""
+
+
+class DensityEstimator:
+    r"""Density of the rows of a table: exact log-densities, samples, conditionals and imputations.
+
+    .. math:: p(row) = \prod_t p(x_t \mid x_1, \ldots, x_{t-1})
+
+    Each conditional of a number is a mixture of logistics on a smooth scale and of the bins of an adaptive histogram, that of a label is a
+    softmax; the parameters come from one small network per column, several of them averaged, and for tables of up to 20,000 rows
+    joined with a mixture of Gaussians in the proportion that held-out rows prefer.
+
+    Log-densities are in data units: labels and integers count as probabilities, continuous columns as densities, lattice-valued ones as
+    P(cell) / step, datetimes per second. Missing cells are integrated out (exactly if no observed column comes after them in the model's order,
+    which puts columns with missing cells last; else by Monte Carlo with a fixed seed).
+
+    Args:
+        target: Columns to model; None for all that are not given.
+        given: Columns to condition on; None for none, or for all others where ``target`` is set.
+        schema: Changes to what the columns are taken for, e.g. ``{"price": {"step": None}}``; see :class:`pyroflows.tables.Column`.
+        missing: ``"ignore"``: missing cells are integrated out; ``"model"``: which cells are missing is part of the row, in scores and samples.
+        max_time: Seconds of processor time for training, at most.
+        max_steps: Optimizer steps, at most; None for a plan by the size of the table.
+        members: Networks per column; None for a choice by the number of rows.
+        hidden_dim: Width of the networks; None for a choice by the number of rows.
+        batch_size: Rows per step; None for a choice by the number of rows.
+        learning_rate: Peak of the schedule.
+        draws: Particles per row where missing cells are integrated out or filled in.
+        random_state: Seed, ``numpy.random.RandomState``, or None.
+        device: ``"auto"`` (a GPU for large tables where there is one), or any name torch knows.
+        progress: Show a bar with the held-out nats.
+
+    Attributes:
+        schema_: What the columns are.
+        history_: DataFrame of the training.
+        n_features_in_: Number of columns.
+        feature_names_in_: Their names, if they are all strings and came with a DataFrame.
+
+    Example:
+        >>> import pandas as pd
+        >>> from pyroflows.density import DensityEstimator
+        >>> table = pd.DataFrame({"a": range(60), "b": ["x", "y", "z"] * 20})
+        >>> model = DensityEstimator(random_state=0, max_steps=20).fit(table)
+        >>> model.sample(3).columns.tolist()
+        ['a', 'b']
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Sequence[Any] | None = None,
+        given: Sequence[Any] | None = None,
+        schema: Mapping[Any, Mapping[str, Any]] | None = None,
+        missing: str = "ignore",
+        max_time: float = 100.0,
+        max_steps: int | None = None,
+        members: int | None = None,
+        hidden_dim: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float = 3e-3,
+        draws: int = 64,
+        random_state: Any = None,
+        device: str = "auto",
+        progress: bool = False,
+    ) -> None:
+        self.target = target
+        self.given = given
+        self.schema = schema
+        self.missing = missing
+        self.max_time = max_time
+        self.max_steps = max_steps
+        self.members = members
+        self.hidden_dim = hidden_dim
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.draws = draws
+        self.random_state = random_state
+        self.device = device
+        self.progress = progress
+
+    # ------------------------------------------------------------------ scikit-learn's protocol
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {n: getattr(self, n) for n in self._names()}
+
+    def set_params(self, **params: Any) -> DensityEstimator:
+        """Set constructor arguments."""
+        for name, value in params.items():
+            if name not in self._names():
+                raise ValueError(f"Invalid parameter {name!r} for estimator {self}. Valid parameters are: {self._names()}.")
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        default = {n: p.default for n, p in inspect.signature(type(self).__init__).parameters.items()}
+        changed = [f"{n}={v!r}" for n, v in self.get_params().items() if not (v is default[n] or v == default[n])]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags
+
+        tags = Tags(estimator_type="density_estimator", target_tags=TargetTags(required=False), input_tags=InputTags())
+        tags.input_tags.allow_nan = True
+        tags.input_tags.string = True
+        tags.input_tags.categorical = True
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "model_")
+
+    def set_output(self, *, transform: str | None = None) -> DensityEstimator:
+        """Whether tables come back as ``"pandas"`` (default) or as NumPy arrays (``"default"``)."""
+        if transform not in (None, "pandas", "default"):
+            raise ValueError(f"set_output: transform must be 'pandas', 'default' or None; got {transform!r}")
+        if transform is not None:
+            self._output = transform
+        return self
+
+    def _wrapped(self, frame: pd.DataFrame) -> Any:
+        return frame.to_numpy() if getattr(self, "_output", "pandas") == "default" else frame
+
+    # ------------------------------------------------------------------ input
+
+    def _ready(self) -> TableModel:
+        if not hasattr(self, "model_"):
+            message = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with a table first."
+            if "sklearn" in sys.modules:
+                from sklearn.exceptions import NotFittedError as Theirs
+
+                raise Theirs(message)
+            raise NotFittedError(message)
+        return self.model_
+
+    def _frame(self, x: Any, *, partial: bool = False) -> pd.DataFrame:
+        """A table with the columns of the fit."""
+        import pandas as pd
+
+        named = isinstance(x, pd.DataFrame) or isinstance(x, Mapping)
+        if isinstance(x, Mapping) and not isinstance(x, pd.DataFrame):
+            one = all(np.ndim(v) == 0 or isinstance(v, str) for v in x.values())
+            x = pd.DataFrame({k: [v] for k, v in x.items()}) if one else pd.DataFrame(x)
+        frame = as_frame(x, self.schema_.names)
+        names = [c.name for c in self.schema_]
+        if not named and frame.shape[1] != len(names):
+            raise ValueError(
+                f"X has {frame.shape[1]} features, but {type(self).__name__} is expecting {len(names)} features as input"
+            )
+        strings = all(isinstance(c, str) for c in frame.columns)
+        if named and not partial and strings and hasattr(self, "feature_names_in_"):
+            have = list(frame.columns)
+            if have != names:
+                unknown, absent = [c for c in have if c not in names], [c for c in names if c not in have]
+                lines = ["The feature names should match those that were passed during fit."]
+                lines += ["Feature names unseen at fit time:", *(f"- {c}" for c in sorted(unknown))] if unknown else []
+                lines += ["Feature names seen at fit time, yet now missing:", *(f"- {c}" for c in sorted(absent))] if absent else []
+                if not unknown and not absent:
+                    lines.append("Feature names must be in the same order as they were in fit.")
+                raise ValueError("\n".join(lines) + "\n")
+        elif named and not partial and strings and not hasattr(self, "feature_names_in_"):
+            warnings.warn(
+                f"X has feature names, but {type(self).__name__} was fitted without feature names", stacklevel=3
+            )
+            frame = frame.set_axis(names, axis=1) if frame.shape[1] == len(names) else frame
+        elif not named and hasattr(self, "feature_names_in_"):
+            warnings.warn(
+                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names", stacklevel=3
+            )
+        return frame
+
+    def _encode(self, x: Any, *, partial: bool = False) -> Tensor:
+        return torch.from_numpy(self.schema_.encode(self._frame(x, partial=partial), partial=partial))
+
+    def _seed(self, random_state: Any = None) -> int:
+        state = self.random_state if random_state is None else random_state
+        if state is None:
+            return int(np.random.SeedSequence().generate_state(1)[0])
+        if hasattr(state, "randint"):
+            return int(state.randint(2**31 - 1))
+        if isinstance(state, np.random.Generator):
+            return int(state.integers(2**31 - 1))
+        if isinstance(state, numbers.Integral):
+            return int(state)
+        raise ValueError(f"random_state must be an integer, a RandomState, a Generator or None; got {state!r}")
+
+    def _generator(self, random_state: Any = None) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(random_state))
+
+    # ------------------------------------------------------------------ fitting
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DensityEstimator:
+        """Fit the density of a table.
+
+        Args:
+            X: DataFrame, mapping of columns, or array of shape (rows, columns).
+            y: Ignored.
+            sample_weight: Nonnegative weight of each row.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: For an empty table, infinite cells, or names that are not columns, naming them.
+        """
+        frame = as_frame(X)
+        if frame.shape[1] == 0:
+            raise ValueError(f"0 feature(s) (shape={frame.shape}) while a minimum of 1 is required.")
+        if len(frame) == 0:
+            raise ValueError(f"Found table with 0 sample(s) (shape={frame.shape}) while a minimum of 1 is required.")
+        if self.missing not in ("ignore", "model"):
+            raise ValueError(f"missing must be 'ignore' or 'model'; got {self.missing!r}")
+        weight = _weights(sample_weight, len(frame))
+        frame, weight = frame[weight > 0], weight[weight > 0]
+        self._forget()
+        if hasattr(X, "columns") and all(isinstance(c, str) for c in frame.columns):
+            self.feature_names_in_ = np.array(frame.columns, dtype=object)
+        self.n_features_in_ = frame.shape[1]
+        targets, given = self._roles(list(frame.columns))
+        used = [c for c in frame.columns if c in {*targets, *given}]
+        self.schema_ = Schema.from_frame(frame[used], self.schema)
+        self.n_features_in_ = len(used) if len(used) < frame.shape[1] else frame.shape[1]
+        if hasattr(self, "feature_names_in_"):
+            self.feature_names_in_ = np.array(used, dtype=object)
+        values = torch.from_numpy(self.schema_.encode(frame[used]))
+        return self._fit_values(values, torch.from_numpy(weight), [used.index(g) for g in given])
+
+    def _forget(self) -> None:
+        for name in ("feature_names_in_", "model_", "schema_", "history_"):
+            if hasattr(self, name):
+                delattr(self, name)
+
+    def _roles(self, columns: list[Any]) -> tuple[list[Any], list[Any]]:
+        def listed(x: Any) -> list[Any] | None:
+            return None if x is None else [x] if isinstance(x, str) or not isinstance(x, Sequence) else list(x)
+
+        target, given = listed(self.target), listed(self.given)
+        if target is None:
+            target = [c for c in columns if c not in (given or [])]
+        elif given is None:
+            given = [c for c in columns if c not in target]
+        given = given or []
+        unknown = [c for c in [*target, *given] if c not in columns]
+        both = [c for c in target if c in given]
+        if unknown or both or not target:
+            raise ValueError(
+                f"target and given must be disjoint columns of the table, at least one target; unknown: {unknown}, in both: {both}"
+            )
+        return target, given
+
+    def _fit_values(
+        self, values: Tensor, weight: Tensor, given: list[int], *, shards: Callable[[], Iterator[Any]] | None = None, total: int | None = None
+    ) -> DensityEstimator:
+        """Fit encoded rows; ``shards`` replaces them as training rows where the table is larger than memory."""
+        n = len(values)
+        seed = self._seed()
+        generator = torch.Generator().manual_seed(seed)
+        columns = self.schema_.columns
+        targets = [j for j in range(len(columns)) if j not in given]
+        size = total or n
+        settings = default_settings(size, len(targets))
+        settings |= {k: v for k, v in dict(members=self.members, hidden_dim=self.hidden_dim).items() if v is not None}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            resampled = values
+            if weight.unique().numel() > 1:  # histograms, quantiles and mixtures know no weights
+                resampled = values[torch.multinomial(weight, n, True, generator=generator)]
+            table = resampled.numpy()
+            order = [*given, *sorted(targets, key=lambda j: columns[j].missing)]
+            cells = [cells_for(table[:, j], columns[j]) for j in order]
+            model = TableModel(self.schema_, cells, order, len(given), **settings)
+            fold = _folds(n, size, model.members, generator)
+            held = (fold >= 0).nonzero()[:, 0]
+            valid = model.encode(values[held])
+            parts = self._mixtures(model, resampled, fold, generator) if size <= 20000 else []
+            self.model_ = model = model.to(self._device(size))
+            budget = plan(model, size, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps)
+            rank, world = _rank()
+            bar = _bar(self.progress and rank == 0, budget["steps"])
+            start = column_scores(model, valid).sum(1).mean().item() if len(held) else math.nan
+            mine = slice(rank, world * (n // world) if n >= world else None, world)
+            history = train(
+                model,
+                shards or (lambda: iter([(values[mine], weight[mine], fold[mine])])),
+                valid,
+                fold[held],
+                rows=size,
+                lr=self.learning_rate,
+                max_time=self.max_time,
+                generator=generator,
+                report=bar,
+                wrap=_parallel if world > 1 else (lambda module: module),
+                **{**budget, "batch_size": max(1, budget["batch_size"] // world)},
+            )
+            bar(None)
+            model.eval()
+            if parts:
+                alpha = stack(model, valid, fold[held], parts)
+                model.set_mixture(MixedMixture.union(parts), alpha)
+        self.history_ = _history([dict(step=0, epoch=0.0, valid=start), *history])
+        self._calibrate(values[held] if len(held) else values)
+        return self
+
+    def _mixtures(self, model: TableModel, values: Tensor, fold: Tensor, generator: torch.Generator) -> list[MixedMixture]:
+        """One simple model per fold, of at most 6,000 rows."""
+        out = []
+        for m in range(model.members):
+            rows = (fold != m).nonzero()[:, 0]
+            if len(rows) > 6000:
+                rows = rows[torch.randperm(len(rows), generator=generator)[:6000]]
+            if len(rows):
+                out.append(fit_mixture(model, model.encode(values[rows]), generator))
+        return out if len(out) == model.members else []
+
+    def _calibrate(self, values: Tensor) -> None:
+        """Keep what thresholds and summaries need of the held-out rows."""
+        few = values[:2000]
+        score = self.model_.log_prob(few, draws=16, generator=self._generator(0)).numpy()
+        self._score_quantiles = np.quantile(score, np.linspace(0, 1, 201)) if len(score) else np.zeros(201)
+        rows = self.model_.encode(few)
+        with torch.no_grad():
+            nats = self.model_.column_log_prob(rows)[0]
+        known = (~rows.missing).sum(1).clamp_min(1)
+        self._column_nats = (nats.sum(1) / known).tolist()
+
+    def _device(self, n: int) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if n >= 5000 and torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DensityEstimator:
+        """Go on training on more rows of the same columns; the schema, scales and bins stay those of the first call."""
+        if not hasattr(self, "model_"):
+            return self.fit(X, y, sample_weight)
+        values = self._encode(X)
+        weight = torch.from_numpy(_weights(sample_weight, len(values)))
+        generator, model, n = self._generator(), self.model_, len(values)
+        fold = _folds(n, n, model.members, generator)
+        held = (fold >= 0).nonzero()[:, 0]
+        budget = plan(model, n, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps)
+        budget["steps"] = min(budget["steps"], max(20, 5 * n // budget["batch_size"]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed())
+            history = train(
+                model,
+                lambda: iter([(values, weight, fold)]),
+                model.encode(values[held]),
+                fold[held],
+                rows=n,
+                lr=self.learning_rate / 3,
+                max_time=self.max_time,
+                generator=generator,
+                **budget,
+            )
+        model.eval()
+        import pandas as pd
+
+        self.history_ = pd.concat([self.history_, _history(history)], ignore_index=True)
+        self._calibrate(values[held] if len(held) else values)
+        return self
+
+    # ------------------------------------------------------------------ densities
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Log-density of each row, shape (rows,), in data units; ``-inf`` outside the support."""
+        model = self._ready()
+        values = self._encode(X)
+        generator = torch.Generator().manual_seed(0)
+        return model.log_prob(values, pattern=self.missing == "model", draws=self.draws, generator=generator).numpy()
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean log-density of the rows."""
+        return float(np.mean(self.score_samples(X)))
+
+    def predict_outliers(self, X: Any, contamination: float = 0.01) -> np.ndarray:
+        """True for rows less likely than the share ``contamination`` of held-out rows of the fit, shape (rows,)."""
+        if not 0 < contamination < 1:
+            raise ValueError(f"contamination must lie in (0, 1); got {contamination}")
+        self._ready()
+        threshold = np.interp(contamination, np.linspace(0, 1, 201), self._score_quantiles)
+        return self.score_samples(X) < threshold
+
+    def pit(self, X: Any, random_state: Any = 0) -> pd.DataFrame:
+        """Probability integral transforms F(x_t | earlier columns) of the number targets, uniform if the model is right.
+
+        Point masses and lattice cells are spread uniformly over their jump.
+        """
+        import pandas as pd
+
+        model = self._ready()
+        values = self._encode(X)
+        generator = self._generator(random_state)
+        out = {}
+        with torch.no_grad():
+            for t, place, features, state, raw in model.walk(values):
+                c = model.targets[t]
+                if c.is_label:
+                    continue
+                net, q = model.conditional(t, features, state)
+                x = raw[:, place]
+                high = model.cdf(t, x.nan_to_num(float(c.loc)), net, q)
+                low = model.cdf(t, c.below(x.nan_to_num(float(c.loc))), net, q)
+                u = low + (high - low) * torch.rand(len(x), generator=generator, dtype=x.dtype)
+                out[self.schema_.columns[model.order[place]].name] = torch.where(x.isnan(), torch.nan, u).numpy()
+        return pd.DataFrame(out)
+
+    # ------------------------------------------------------------------ samples
+
+    def sample(self, n: int = 1, given: Any = None, *, missing: bool | None = None, random_state: Any = None) -> Any:
+        """Draw rows.
+
+        Args:
+            n: Number of rows, or of rows per row of ``given``.
+            given: Values to condition on: a dict or DataFrame with some of the columns (of a joint model), or with all given columns.
+            missing: Whether cells may be missing, as often as in the data; default as ``missing="model"`` says.
+            random_state: Seed; default the estimator's.
+
+        Returns:
+            DataFrame of the columns of the fit with their dtypes; n consecutive rows for each row of ``given``.
+        """
+        model = self._ready()
+        generator = self._generator(random_state)
+        leave = self.missing == "model" if missing is None else missing
+        if n < 0 or int(n) != n:
+            raise ValueError(f"n must be a nonnegative integer; got {n}")
+        n = int(n)
+        if given is None:
+            if model.num_given:
+                names = [self.schema_.columns[j].name for j in model.order[: model.num_given]]
+                raise ValueError(f"this model is conditional: pass given= with the columns {names}")
+            blank = torch.full((n, len(self.schema_)), torch.nan, dtype=torch.float64)
+            return self._wrapped(self.schema_.decode(self._fill(blank, 1, generator, leave)[:, 0].numpy()))
+        values = self._given(given)
+        if not len(values) or not n:
+            return self._wrapped(self.schema_.decode(values[:0].numpy()))
+        return self._wrapped(self.schema_.decode(self._fill(values, n, generator, leave).flatten(0, 1).numpy()))
+
+    def _given(self, given: Any) -> Tensor:
+        """Encoded evidence: targets of a conditional model are blanked, its given columns must be there."""
+        model = self._ready()
+        frame = self._frame(given, partial=True)
+        if model.num_given:
+            names = [self.schema_.columns[j].name for j in model.order[: model.num_given]]
+            absent = [c for c in names if c not in frame.columns]
+            if absent:
+                raise ValueError(f"this model is conditional: the given columns {absent} are missing")
+            frame = frame[[c for c in frame.columns if c in names]]
+        return torch.from_numpy(self.schema_.encode(frame, partial=True))
+
+    def _fill(self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False) -> Tensor:
+        """n completions of each row, shape (N, n, D)."""
+        model = self._ready()
+        out = []
+        first, last = model._gaps(values[:, model.order[model.num_given :]].T.isnan()) if len(values) else (None, None)
+        weigh = bool(len(values)) and bool((last > first).any())
+        draws = max(self.draws, n) if weigh else n
+        for part in values.split(max(1, 32768 // max(draws, 1))):
+            filled, log_w, _ = model.particles(part, draws, generator=generator, leave_missing=leave)
+            if weigh:
+                pick = torch.multinomial(log_w.exp(), n, True, generator=generator)
+                filled = filled[torch.arange(len(part))[:, None], pick]
+            out.append(filled)
+        return torch.cat(out) if out else values[:, None].expand(-1, n, -1)
+
+    def impute(self, X: Any, *, method: str = "draw", random_state: Any = None) -> Any:
+        """Fill in missing cells from their distribution given the row's observed ones.
+
+        Args:
+            X: Table with missing cells; absent columns of a joint model count as missing.
+            method: ``"draw"`` one joint draw per row, or ``"mean"`` the mean of a number and the most probable label, each by itself.
+            random_state: Seed; default the estimator's.
+        """
+        if method not in ("draw", "mean"):
+            raise ValueError(f"method must be 'draw' or 'mean'; got {method!r}")
+        self._ready()
+        frame = self._frame(X, partial=True)
+        values = torch.from_numpy(self.schema_.encode(frame, partial=True))
+        todo = values.isnan().any(1).nonzero()[:, 0]
+        if len(todo):
+            generator = self._generator(random_state)
+            if method == "draw":
+                values[todo] = self._fill(values[todo], 1, generator)[:, 0]
+            else:
+                filled = self._fill(values[todo], self.draws, generator)
+                for j, column in enumerate(self.schema_):
+                    x = filled[..., j]
+                    middle = x.mode(1).values if column.is_label else x.mean(1)
+                    values[todo, j] = torch.where(values[todo, j].isnan(), middle, values[todo, j])
+        return self._wrapped(self.schema_.decode(values.numpy(), index=frame.index))
+
+    # ------------------------------------------------------------------ summaries of conditionals
+
+    def quantile(self, given: Any, q: float | Sequence[float] = 0.5, *, draws: int = 1024, random_state: Any = None) -> pd.DataFrame:
+        """Quantiles of the number targets given the rest of each row.
+
+        Exact (by inverting the distribution function) for the first target of a conditional model; from ``draws`` samples otherwise.
+
+        Args:
+            given: Rows to condition on; for a joint model, columns that are absent or missing are the targets.
+            q: One probability or several.
+            draws: Samples per row.
+            random_state: Seed; default the estimator's.
+
+        Returns:
+            One column per target, or per (target, q) if q is a sequence.
+        """
+        import pandas as pd
+
+        levels = np.atleast_1d(np.asarray(q, float))
+        if ((levels < 0) | (levels > 1)).any():
+            raise ValueError(f"q must lie in [0, 1]; got {q}")
+        model, values = self._ready(), self._given(given)
+        places = self._open(values)
+        columns = self.schema_.columns
+        out: dict[Any, np.ndarray] = {}
+        filled = None
+        for t in places:
+            column = columns[model.order[model.num_given + t]]
+            if t == 0:
+                with torch.no_grad():
+                    _, _, features, state, _ = next(model.walk(values))
+                    net, s = model.conditional(0, features, state)
+                    found = [model.icdf(0, torch.full((len(values),), float(p), dtype=torch.float64), net, s).numpy() for p in levels]
+            else:
+                if filled is None:
+                    filled = self._fill(values, draws, self._generator(random_state)).numpy()
+                x = filled[:, :, model.order[model.num_given + t]]
+                found = list(np.quantile(x, levels, axis=1, method="inverted_cdf" if column.step else "linear"))
+            for p, x in zip(levels, found, strict=True):
+                out[column.name if np.ndim(q) == 0 else (column.name, float(p))] = _times(column, x)
+        frame = pd.DataFrame(out)
+        if np.ndim(q):
+            frame.columns = pd.MultiIndex.from_tuples(frame.columns, names=["column", "q"])
+        return frame
+
+    def interval(self, given: Any, coverage: float = 0.9, **options: Any) -> pd.DataFrame:
+        """Central prediction intervals: columns (target, q) for the two ends; options as for :meth:`quantile`."""
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage must lie in (0, 1); got {coverage}")
+        return self.quantile(given, [(1 - coverage) / 2, (1 + coverage) / 2], **options)
+
+    def mean(self, given: Any, *, draws: int = 1024, random_state: Any = None) -> pd.DataFrame:
+        """Means of the number targets given the rest of each row: averages of quantiles if exact, of samples otherwise."""
+        import pandas as pd
+
+        model, values = self._ready(), self._given(given)
+        places = self._open(values)
+        if places == [0]:
+            grid = (np.arange(200) + 0.5) / 200
+            table = self.quantile(given, grid)
+            return table.T.groupby(level=0, sort=False).mean().T if len(table) else table
+        filled = self._fill(values, draws, self._generator(random_state)).numpy()
+        out = {}
+        for t in places:
+            column = self.schema_.columns[model.order[model.num_given + t]]
+            out[column.name] = _times(column, filled[:, :, model.order[model.num_given + t]].mean(1))
+        return pd.DataFrame(out)
+
+    def _open(self, values: Tensor) -> list[int]:
+        """Places of the number targets that are missing in every row."""
+        model = self._ready()
+        gone = values[:, model.order[model.num_given :]].isnan().all(0)
+        places = [t for t, c in enumerate(model.targets) if bool(gone[t]) and not c.is_label]
+        if not places:
+            raise ValueError("no number column is left to predict: leave the wanted columns out of given")
+        return places
+
+    # ------------------------------------------------------------------ reports and files
+
+    def summary(self) -> pd.DataFrame:
+        """One row per column: its role, how it is modelled, its share of missing cells, its held-out nats given earlier columns."""
+        model = self._ready()
+        frame = self.schema_.summary()
+        names = [self.schema_.columns[j].name for j in model.order]
+        role = {name: "given" if i < model.num_given else "target" for i, name in enumerate(names)}
+        frame.insert(0, "role", [role[n] for n in frame.index])
+        nats = dict(zip(names[model.num_given :], self._column_nats, strict=True))
+        frame["place"] = [names.index(n) for n in frame.index]
+        frame["nats"] = [nats.get(n, math.nan) for n in frame.index]
+        return frame
+
+    def distribution(self) -> dist.TorchDistribution:
+        """The joint density of number targets as a Pyro distribution over real vectors, in the columns' order.
+
+        Raises:
+            ValueError: If a target is a label or columns are given.
+        """
+        from pyroflows.density.distribution import TableDistribution
+
+        return TableDistribution(self._ready())
+
+    def save(self, path: Any) -> None:
+        """Write a safetensors file with the schema in its metadata; it holds numbers and JSON, no code."""
+        self._ready()
+        if _rank()[0] == 0:
+            files.save(self, path)
+
+    @classmethod
+    def load(cls, path: Any, *, device: str = "cpu") -> DensityEstimator:
+        """Read what :meth:`save` wrote; executes nothing from the file."""
+        return files.load(cls, path, device=device)
+
+
+def _times(column: Any, x: np.ndarray) -> Any:
+    """Numbers of a datetime column as datetimes, others as they are."""
+    return column.decode(x).to_numpy() if column.kind == "datetime" else x
+
+
+def _weights(weight: Any, n: int) -> np.ndarray:
+    if weight is None:
+        return np.ones(n)
+    if isinstance(weight, numbers.Number):
+        return np.full(n, float(weight))
+    out = np.array(weight, dtype=float)
+    if out.ndim != 1 or len(out) != n:
+        raise ValueError(f"Sample weights must be 1D array or scalar of length {n}; got shape {out.shape}")
+    if not np.isfinite(out).all() or (out < 0).any() or out.sum() == 0:
+        raise ValueError("sample_weight must be finite, nonnegative and not all zero")
+    return out / out[out > 0].mean()
+
+
+def _folds(n: int, size: int, members: int, generator: torch.Generator) -> Tensor:
+    """Member that does not train on a row, -1 for none; every member has as many."""
+    share = 1 / max(members, 5) if size < 15000 else min(0.05, 3000 / size)
+    held = int(min(share * n, 3000))
+    fold = torch.full((n,), -1)
+    if n >= 10 and held >= 1:
+        rows = torch.randperm(n, generator=generator)[: held * members]
+        fold[rows] = torch.arange(len(rows)) % members
+    return fold
+
+
+def _history(entries: list[dict[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(entries, columns=["step", "epoch", "train", "valid", "lr", "seconds", "skipped"])
+
+
+def _bar(show: bool, steps: int) -> Callable[[dict[str, float] | None], None]:
+    """A callback for history entries; None closes the bar."""
+    if not show:
+        return lambda entry: None
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=steps, unit="step")
+
+    def report(entry: dict[str, float] | None) -> None:
+        if entry is None:
+            bar.close()
+            return
+        bar.update(int(entry["step"]) - bar.n)
+        bar.set_postfix_str(f"held-out {entry['valid']:.3f} nats")
+
+    return report
+
+
+def _rank() -> tuple[int, int]:
+    """Rank and number of the processes that fit together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _parallel(module: nn.Module) -> nn.Module:
+    device = next(module.parameters()).device
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)

@@ -1,0 +1,126 @@
+"""Files of fitted estimators: safetensors for the numbers, JSON in its metadata for the rest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyroflows.density.columns import LabelCells, NumberCells
+from pyroflows.density.marginals import Histogram, NormalScores
+from pyroflows.density.mixtures import MixedMixture
+from pyroflows.density.model import TableModel
+from pyroflows.tables import Schema
+
+__all__ = ["FORMAT", "VERSION", "load", "read_header", "save"]
+
+FORMAT, VERSION = "pyroflows.density", 1
+
+
+def save(estimator: Any, path: Any) -> None:
+    """Write a fitted estimator."""
+    from safetensors.torch import save_file
+
+    model: TableModel = estimator.model_
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for i, c in enumerate(model.cells):
+        tensors |= {f"cell{i}.{k}": v for k, v in c.state_dict().items()}
+    if model.mixture is not None:
+        tensors |= {f"mixture.{k}": v for k, v in model.mixture.state_dict().items()}
+    params = {k: v for k, v in estimator.get_params().items() if _is_plain(v)}
+    header = dict(
+        format=FORMAT,
+        version=VERSION,
+        schema=estimator.schema_.to_json(),
+        named=hasattr(estimator, "feature_names_in_"),
+        order=model.order,
+        num_given=model.num_given,
+        config=model.config,
+        params=params,
+        score_quantiles=[float(x) for x in estimator._score_quantiles],
+        column_nats=estimator._column_nats,
+        history=json.loads(estimator.history_.to_json(orient="split", index=False)),
+    )
+    data = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    save_file(data, str(path), metadata={"pyroflows": json.dumps(header)})
+
+
+def read_header(path: Any) -> dict[str, Any]:
+    """The JSON part of a file.
+
+    Raises:
+        ValueError: If it is not such a file, or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("pyroflows", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a saved DensityEstimator (format {header.get('format')!r}, expected {FORMAT!r})")
+    if header["version"] > VERSION:
+        raise ValueError(f"{path} has format version {header['version']}; this pyroflows reads up to {VERSION}: upgrade it")
+    return header
+
+
+def load(kind: type, path: Any, *, device: str = "cpu") -> Any:
+    """Read a fitted estimator of class ``kind``."""
+    import pandas as pd
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    tensors = load_file(str(path))
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    schema = Schema.from_json(header["schema"])
+    cells = [_cell(part(f"cell{i}.")) for i in range(len(header["order"]))]
+    state = part("mixture.")
+    mixture = None
+    if state:
+        flags = [c.is_label for c in cells]
+        labels = [state[f"label{i}"] for i in range(sum(flags))]
+        mixture = MixedMixture(state["log_weight"], state["mean"], state["chol"], labels, flags)
+    with torch.random.fork_rng(devices=[]):
+        model = TableModel(schema, cells, header["order"], header["num_given"], mixture=mixture, **header["config"])
+    model.load_state_dict(part("model."))
+    known = set(kind._names())
+    out = kind(**{k: v for k, v in header["params"].items() if k in known})
+    out.model_ = model.to(device).eval()
+    out.schema_ = schema
+    out.n_features_in_ = len(schema)
+    if header["named"]:
+        out.feature_names_in_ = np.array(schema.names, dtype=object)
+    out._score_quantiles = np.array(header["score_quantiles"])
+    out._column_nats = header["column_nats"]
+    out.history_ = pd.DataFrame(**header["history"])
+    return out
+
+
+def _cell(state: dict[str, Tensor]) -> LabelCells | NumberCells:
+    if "group" in state:
+        return LabelCells(
+            state["group"], state["log_inside"], state["bin_mass"], state["log_unseen"], state["missing_seen"]
+        )
+    hist = {k[5:]: v for k, v in state.items() if k.startswith("hist.")}
+    scores = {k[7:]: v for k, v in state.items() if k.startswith("scores.")}
+    rest = [state[k] for k in ("atoms", "loc", "scale", "bin_mass", "step", "anchor", "bounds", "missing_seen")]
+    return NumberCells(
+        Histogram(hist["edges"], hist["mass"], hist["group"], hist["scale"], hist["xi"]),
+        NormalScores(scores["knots"], scores["scores"], scores["slopes"], scores["scale"], scores["xi"]),
+        *rest,
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""Conditional densities of table columns: one small residual network per column, all evaluated as one batch of products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ColumnNets", "log_scale", "mixture_log_prob"]
+
+
+def log_scale(raw: Tensor) -> Tensor:
+    """Log-scale of a logistic: softly bounded below by -8 (3e-4 of a normal score), linear above."""
+    return F.softplus(raw + 8.0) - 8.0
+
+
+def mixture_log_prob(
+    out: Tensor, cell: Tensor, inside: Tensor, upper: Tensor, width: Tensor, offset: Tensor, bins: int
+) -> Tensor:
+    r"""Log-density of cells under a mixture of histogram bins and logistics of the normal scores.
+
+    .. math:: p = w_{b(x)}\, f(x \mid b) + \sum_k w_k
+        \Big[\sigma\big(\tfrac{s^+ - \mu_k}{\sigma_k}\big) - \sigma\big(\tfrac{s^- - \mu_k}{\sigma_k}\big)\Big] e^{offset}
+
+    The difference is :math:`\sigma(a)\,\sigma(\delta - a)\,(1 - e^{-\delta})` with :math:`\delta` the width, exact in logarithms
+    however narrow the cell.
+
+    Args:
+        out: Network outputs, shape (G, N, bins + 3 K): logits of bins and logistics, locations, log-scales.
+        cell: Bin of each cell, shape (G, N).
+        inside: log f(x | b), shape (G, N).
+        upper: Upper end of the cell in normal scores, shape (G, N).
+        width: Its width there, shape (G, N).
+        offset: Log of density per unit of score probability, shape (G, N).
+        bins: Number of bins.
+    """
+    k = (out.shape[-1] - bins) // 3
+    logits, loc, raw = out.split([bins + k, k, k], -1)
+    log_w = logits.log_softmax(-1)
+    log_bin = log_w[..., :bins].gather(-1, cell[..., None])[..., 0] + inside
+    inv = (-log_scale(raw)).exp()
+    a = (upper[..., None] - loc) * inv
+    delta = width[..., None] * inv
+    log_cell = F.logsigmoid(a) + F.logsigmoid(delta - a) + torch.log(-torch.expm1(-delta))
+    log_k = (log_w[..., bins:] + log_cell).logsumexp(-1) + offset
+    return torch.logaddexp(log_bin, log_k)
+
+
+class ColumnNets(nn.Module):
+    r"""G independent residual networks over shared features, each seeing only the features its mask allows.
+
+    .. math:: h_0 = \phi(W_0 x + b_0), \quad h_{l} = h_{l-1} + \phi(W_l h_{l-1} + b_l), \quad out = W h_L + V x + b
+
+    The networks fall into groups with different numbers of outputs. All outputs are independent of the features at initialization.
+
+    Args:
+        mask: Features each network may see, shape (G, F).
+        groups: Networks of each group; together every network once.
+        num_outputs: Outputs of the networks of each group.
+        hidden_dim: Width.
+        depth: Hidden layers.
+        dropout: Probability of dropping a hidden unit while training.
+    """
+
+    def __init__(
+        self,
+        mask: Tensor,
+        groups: list[list[int]],
+        num_outputs: list[int],
+        *,
+        hidden_dim: int,
+        depth: int = 3,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        g, f = mask.shape
+        f32 = dict(dtype=torch.float32)
+        self.register_buffer("mask", mask.float()[:, :, None])
+        seen = mask.sum(1).clamp_min(1).float()[:, None, None]
+        self.groups = groups
+        self.w0 = nn.Parameter(torch.randn(g, f, hidden_dim, **f32) * (1.5 / seen.sqrt()))
+        self.b0 = nn.Parameter(torch.randn(g, 1, hidden_dim, **f32) * 0.5)
+        self.w = nn.ParameterList(
+            nn.Parameter(torch.randn(g, hidden_dim, hidden_dim, **f32) / math.sqrt(hidden_dim)) for _ in range(depth - 1)
+        )
+        self.b = nn.ParameterList(nn.Parameter(torch.zeros(g, 1, hidden_dim, **f32)) for _ in range(depth - 1))
+        sizes = [(len(i), p) for i, p in zip(groups, num_outputs, strict=True)]
+        self.head = nn.ParameterList(nn.Parameter(torch.zeros(m, hidden_dim, p, **f32)) for m, p in sizes)
+        self.skip = nn.ParameterList(nn.Parameter(torch.zeros(m, f, p, **f32)) for m, p in sizes)
+        self.bias = nn.ParameterList(nn.Parameter(torch.zeros(m, 1, p, **f32)) for m, p in sizes)
+        self.dropout = dropout
+
+    def trunk(self, x: Tensor, nets: list[int] | slice = slice(None)) -> Tensor:
+        """Features (N, F) to the last hidden layer of some networks (G, N, H)."""
+        w0 = (self.w0 * self.mask)[nets]
+        g, f, h = w0.shape
+        a = x @ w0.permute(1, 0, 2).reshape(f, g * h)
+        hidden = F.silu(a.view(len(x), g, h).transpose(0, 1) + self.b0[nets])
+        for w, b in zip(self.w, self.b, strict=True):
+            z = F.dropout(hidden, self.dropout, self.training)
+            hidden = hidden + F.silu(torch.baddbmm(b[nets], z, w[nets]))
+        return hidden
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features (N, F) to the outputs of each group, shape (members, N, num_outputs)."""
+        hidden = F.dropout(self.trunk(x), self.dropout, self.training)
+        return [self._head(i, slice(None), hidden[nets], x) for i, nets in enumerate(self.groups)]
+
+    def _head(self, i: int, rows: list[int] | slice, hidden: Tensor, x: Tensor) -> Tensor:
+        net = [self.groups[i][r] for r in rows] if isinstance(rows, list) else self.groups[i]
+        skip = self.skip[i][rows] * self.mask[net]
+        m, f, p = skip.shape
+        linear = (x @ skip.permute(1, 0, 2).reshape(f, m * p)).view(len(x), m, p).transpose(0, 1)
+        return torch.baddbmm(self.bias[i][rows], hidden, self.head[i][rows]) + linear
+
+    def some(self, x: Tensor, group: int, rows: list[int]) -> Tensor:
+        """Outputs of a few networks of one group only, shape (len(rows), N, num_outputs)."""
+        return self._head(group, rows, self.trunk(x, [self.groups[group][r] for r in rows]), x)

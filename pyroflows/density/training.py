@@ -1,0 +1,318 @@
+"""Fitting a :class:`~pyroflows.density.model.TableModel` within a budget of processor time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.density.mixtures import MixedMixture
+from pyroflows.density.model import Rows, TableModel
+
+__all__ = ["column_scores", "default_settings", "fit_mixture", "plan", "stack", "train"]
+
+Shards = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
+
+
+def default_settings(n: int, columns: int) -> dict[str, Any]:
+    """Networks for a table of n rows: small tables get many small, strongly regularized ones."""
+    if n < 2000:
+        return dict(members=8, hidden_dim=32, components=3, dropout=0.2)
+    if n < 15000:
+        return dict(members=4, hidden_dim=64, components=6, dropout=0.2)
+    return dict(members=2, hidden_dim=128, components=8, dropout=0.05)
+
+
+def plan(
+    model: TableModel, n: int, *, batch_size: int | None = None, seconds: float | None = None, steps: int | None = None
+) -> dict[str, int]:
+    """Batch size and optimizer steps for n rows: at most 60 passes, and what fits the budget on one core of 2020.
+
+    The plan depends on sizes alone, so that a seed gives one result; the clock cuts it short only on slower machines.
+    """
+    batch = batch_size or (64 if n < 1000 else 256 if n < 15000 else 1024)
+    batch = min(batch, n)
+    width = model.config["hidden_dim"]
+    outputs = sum(s * (p + 3 * model.config["components"]) for s, p in zip(model.sizes, model.bins, strict=True))
+    cost = 1e-6 * model.members * (outputs * 0.03 + len(model.targets) * (0.8 + 1.2e-4 * width * width))
+    passes = 60 if n >= 15000 else 100
+    wanted = max(150, min(passes * n // batch, 3000)) if n >= 100 else 100
+    affordable = max(20, int(0.9 * (seconds or 1e9) / (cost * batch + 5e-3)))
+    return dict(batch_size=batch, steps=min(wanted, affordable, steps or wanted))
+
+
+class _Loss(nn.Module):
+    """Negative log-likelihood of a batch: what DistributedDataParallel needs to see as a forward pass."""
+
+    def __init__(self, model: TableModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Rows, weight: Tensor) -> Tensor:
+        """Mean over rows of the sum over columns and members; ``weight`` has shape (M, N)."""
+        return -_column_terms(self.model, rows).mul(weight[:, None]).sum() / rows.cell.shape[1]
+
+
+def _column_terms(model: TableModel, rows: Rows) -> Tensor:
+    """Log-likelihood contributions of cells under each network, missing ones included, shape (M, T, N)."""
+    log_p, odds = model.net_log_prob(rows)
+    known = ~rows.missing & (rows.cell >= 0)
+    log_p = torch.where(known, log_p, 0.0)
+    sign = torch.where(rows.missing, 1.0, -1.0)
+    pattern = torch.nn.functional.logsigmoid(sign * odds)
+    return log_p + torch.where(model.has_missing[:, None], pattern, 0.0)
+
+
+@torch.no_grad()
+def column_scores(model: TableModel, rows: Rows) -> Tensor:
+    """:func:`_column_terms` in evaluation mode, in chunks, on the CPU."""
+    was = model.training
+    model.eval()
+    parts = [_column_terms(model, rows[i].to(model.device)).cpu() for i in torch.arange(len(rows)).split(4096)]
+    model.train(was)
+    return torch.cat(parts, -1)
+
+
+def fit_mixture(model: TableModel, rows: Rows, generator: torch.Generator) -> MixedMixture:
+    """The simple model on encoded rows."""
+    numbers, labels, sizes = [], [], []
+    for i, c in enumerate(model.cells):
+        x = rows.raw[:, i]
+        e = c.encode(x)
+        if c.is_label:
+            labels.append(torch.where(x.isnan(), -1, e.cell))
+            sizes.append(c.num_bins)
+        else:
+            s = e.upper - e.width / 2
+            known = ~x.isnan()
+            numbers.append(torch.where(known, s, s[known].mean() if known.any() else 0.0))
+    n = len(rows)
+    return MixedMixture.fit(
+        torch.stack(numbers, 1) if numbers else torch.zeros(n, 0, dtype=torch.float64),
+        torch.stack(labels, 1) if labels else torch.zeros(n, 0, dtype=torch.long),
+        sizes,
+        [c.is_label for c in model.cells],
+        generator=generator,
+    )
+
+
+def train(
+    model: TableModel,
+    shards: Shards,
+    valid: Rows,
+    fold: Tensor,
+    *,
+    rows: int,
+    steps: int,
+    batch_size: int,
+    lr: float = 3e-3,
+    weight_decay: float = 1e-2,
+    max_time: float | None = None,
+    patience: int = 6,
+    checks: int = 24,
+    generator: torch.Generator | None = None,
+    report: Callable[[dict[str, float]], None] = lambda entry: None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> list[dict[str, float]]:
+    """Maximum likelihood with averaged weights; each network ends where its own held-out rows liked its column best.
+
+    Args:
+        model: Trained in place.
+        shards: Yields (values, weights, fold) of training rows; fold m keeps a row from member m, -1 from none.
+        valid: Held-out rows of all folds.
+        fold: Their folds.
+        rows: Training rows in one pass, for the history.
+        steps: Optimizer steps of the schedule.
+        batch_size: Rows per step.
+        lr: Peak learning rate; a short warm-up, then a cosine to zero.
+        weight_decay: Decoupled, on matrices.
+        max_time: Seconds of processor time (or of wall time, whichever runs slower) after which the schedule is over.
+        patience: Checks without gain in any column before stopping.
+        checks: Validations over the schedule.
+        generator: Source of randomness for dropout-free shuffling.
+        report: Called with each history entry.
+        wrap: Wraps the loss, e.g. in DistributedDataParallel.
+
+    Returns:
+        History: dicts of step, epoch, train and valid mean nats per row, lr, seconds.
+    """
+    device = model.device
+    loss_of = wrap(_Loss(model))
+    nets = model.nets
+    matrices = [p for p in nets.parameters() if p.shape[1] > 1]
+    others = [p for p in nets.parameters() if p.shape[1] == 1]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    average = copy.deepcopy(nets).requires_grad_(False)
+    mean, live = list(average.parameters()), list(nets.parameters())
+    keeper = _Keeper(model, valid, fold)
+    keeper.check(average)
+    history: list[dict[str, float]] = []
+    clock = _Clock()
+    step, skipped, recent, next_check, done = 0, 0, [], 1.0 / checks, False
+    limit = math.inf
+    norms: list[float] = []
+    while not done:
+        for values, weight, part in shards():
+            encoded = model.encode(values)
+            for i in torch.randperm(len(values), generator=generator).split(batch_size):
+                if len(i) < min(batch_size, len(values)):
+                    continue
+                spent = _agreed(clock.seconds() / max_time if max_time else 0.0, device)
+                share = max(step / steps, spent)
+                if share >= 1:
+                    done = True
+                    break
+                for g in optimizer.param_groups:
+                    g["lr"] = lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
+                batch = encoded[i].to(device)
+                own = part[i][None] != torch.arange(model.members)[:, None]
+                loss = loss_of(batch, (own * weight[i]).float().to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(live, limit)
+                if not bool(norm.isfinite()):
+                    skipped += 1
+                    if skipped > 100:
+                        raise RuntimeError("DensityEstimator: 100 training steps had non-finite gradients; look for cells of absurd size")
+                    step += 1
+                    continue
+                norms = [*norms[-49:], float(norm)]
+                limit = 3 * sorted(norms)[len(norms) // 2]
+                optimizer.step()
+                step += 1
+                recent.append(-float(loss.detach()) / model.members)
+                torch._foreach_lerp_(mean, [p.detach() for p in live], 1 - min(0.995, step / (step + 10)))
+                if share >= next_check:
+                    while share >= next_check:
+                        next_check += 1.0 / checks
+                    improved, nats = keeper.check(average)
+                    entry = dict(
+                        step=step,
+                        epoch=step * batch_size / max(rows, 1),
+                        train=sum(recent) / len(recent),
+                        valid=nats,
+                        lr=optimizer.param_groups[0]["lr"],
+                        seconds=clock.seconds(),
+                        skipped=skipped,
+                    )
+                    recent = []
+                    history.append(entry)
+                    report(entry)
+                    if keeper.stale >= patience:
+                        done = True
+                        break
+            if done:
+                break
+    keeper.check(average)
+    keeper.restore()
+    return history
+
+
+def _agreed(share: float, device: torch.device) -> float:
+    """The largest of all processes' values, so that they stop together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return share
+    value = torch.tensor([share], device=device)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return float(value)
+
+
+class _Keeper:
+    """The best averaged weights so far of every network, judged on the rows it did not train on."""
+
+    def __init__(self, model: TableModel, valid: Rows, fold: Tensor) -> None:
+        self.model, self.valid = model, valid
+        self.own = (fold[None] == torch.arange(model.members)[:, None]).float()[:, None]  # (M, 1, N)
+        t = len(model.targets)
+        self.best = torch.full((model.members, t), -math.inf)
+        self.kept = [p.detach().clone() for p in model.nets.parameters()]
+        self.stale = 0
+
+    @torch.no_grad()
+    def check(self, average: nn.Module) -> tuple[bool, float]:
+        """Compare; returns whether anything improved, and the validation nats of the best so far."""
+        if not len(self.valid):
+            for k, p in zip(self.kept, average.parameters(), strict=True):
+                k.copy_(p)
+            return True, math.nan
+        nets = self.model.nets
+        self.model.nets = average
+        terms = column_scores(self.model, self.valid)
+        self.model.nets = nets
+        now = (terms * self.own).sum(-1) / self.own.sum(-1).clamp_min(1)
+        now = now.nan_to_num(-math.inf)
+        better = now > self.best
+        gain = torch.where(better, now - self.best, 0.0).sum(1).nan_to_num(posinf=1.0)
+        self.best = torch.where(better, now, self.best)
+        self.stale = 0 if bool((gain > 1e-3).any()) else self.stale + 1
+        flat = better.reshape(-1)
+        for kept, (name, p) in zip(self.kept, average.named_parameters(), strict=True):
+            rows = flat
+            if name.split(".")[0] in ("head", "skip", "bias"):
+                rows = flat[self.model.nets.groups[int(name.split(".")[1])]]
+            rows = rows.to(p.device)
+            kept.copy_(torch.where(rows.view(-1, *[1] * (p.dim() - 1)), p, kept))
+        return bool(better.any()), float(self.best.mean(0).sum())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best weights into the model."""
+        for p, kept in zip(self.model.nets.parameters(), self.kept, strict=True):
+            p.copy_(kept)
+
+
+class _Clock:
+    """Seconds of work: processor time, unless several threads make it run ahead of the wall."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.monotonic(), time.process_time()
+
+    def seconds(self) -> float:
+        """Since construction."""
+        return min(time.monotonic() - self.wall, time.process_time() - self.cpu)
+
+
+def stack(
+    model: TableModel, valid: Rows, fold: Tensor, parts: list[MixedMixture], *, prior: float = 4.0
+) -> Tensor:
+    """Weight of the simple model in each column, by EM on held-out rows, shape (T,).
+
+    Args:
+        model: Trained.
+        valid: Held-out rows of all folds.
+        fold: Their folds.
+        parts: The simple models, one per fold.
+        prior: Pseudo-rows for either expert.
+    """
+    t = len(model.targets)
+    terms = column_scores(model, valid).double()
+    net = terms.new_empty(t, len(valid))
+    simple = terms.new_empty(t, len(valid))
+    # The ensemble average is better than a member alone; judging the members one by one favours the simple model a little.
+    for m in range(model.members):
+        at = (fold == m).nonzero()[:, 0]
+        if len(at):
+            odds = _pattern(model, valid[at])
+            net[:, at] = terms[m][:, at] - odds[m]
+            simple[:, at] = model.mixture_log_prob(valid[at], parts[m])
+    known = (~valid.missing & (valid.cell >= 0)).double()
+    alpha = torch.full((t, 1), 0.5, dtype=torch.float64)
+    for _ in range(200):
+        share = torch.sigmoid(alpha.log() - torch.log1p(-alpha) + simple - net) * known
+        alpha = (share.sum(1, keepdim=True) + prior) / (known.sum(1, keepdim=True) + 2 * prior)
+    return alpha[:, 0].float()
+
+
+@torch.no_grad()
+def _pattern(model: TableModel, rows: Rows) -> Tensor:
+    """Log-probabilities of (non-)missingness under each network, (M, T, N), 0 for columns without missing cells."""
+    model.eval()
+    odds = model.net_log_prob(rows.to(model.device))[1].cpu()
+    sign = torch.where(rows.missing, 1.0, -1.0)
+    return torch.where(model.has_missing.cpu()[:, None], torch.nn.functional.logsigmoid(sign * odds), 0.0)
