@@ -73,14 +73,23 @@ class Bijection(TransformModule):
     # ------------------------------------------------------------------------------------------ value and log-det
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``f(x)`` and ``log|det df/dx|`` from one evaluation, past any memory of earlier calls."""
-        return self._evaluate(x, inverse=False)
+        """Return ``f(x)`` and ``log|det df/dx|``, from one evaluation or from memory."""
+        return self._both(x, inverse=False)
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the x with ``f(x) = y`` and ``log|det dx/dy|`` from one evaluation."""
-        return self._evaluate(y, inverse=True)
+        """Return the x with ``f(x) = y`` and ``log|det dx/dy|``, from one evaluation or from memory."""
+        return self._both(y, inverse=True)
+
+    def _both(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self._entry is not None and not _untracked():
+            known = self._entry.input_of(self, value, inverse)
+            if known is not None:
+                return known
+        out, log_det = self._evaluate(value, inverse)
+        return out, _show_nan(out, log_det)
 
     def _evaluate(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Check and broadcast ``value``, then move it; NaN need not show in the log-determinant."""
         event_dim = (self.codomain if inverse else self.domain).event_dim
         self._check(value, event_dim, inverse)
         context = self._context
@@ -88,7 +97,7 @@ class Bijection(TransformModule):
             batch = self._broadcast(value.shape, event_dim)
             value = value.expand(batch + value.shape[value.dim() - event_dim :])
         out, log_det = self._step(value, context, inverse)
-        return out, _show_nan(out, log_det.expand(value.shape[: value.dim() - event_dim]))
+        return out, log_det.expand(value.shape[: value.dim() - event_dim])
 
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
         if self.context_dim and self._context is None:
@@ -115,7 +124,7 @@ class Bijection(TransformModule):
             self._check_kind(value)
 
     def _check_kind(self, value: Tensor) -> None:
-        own = next((p for p in self.parameters() if p.is_floating_point()), None)
+        own = next((t for t in _tensors(self) if t.is_floating_point()), None)
         if own is None or (own.dtype == value.dtype and own.device == value.device):
             return
         if own.device == value.device and torch.is_autocast_enabled(value.device.type):
@@ -148,8 +157,8 @@ class Bijection(TransformModule):
             if log_det is not None:
                 return log_det
         if self.cheaper_inverse:
-            return -self._evaluate(y, inverse=True)[1]
-        return self._evaluate(x, inverse=False)[1]
+            return -self._both(y, inverse=True)[1]
+        return self._both(x, inverse=False)[1]
 
     def _recall(self, value: Tensor, inverse: bool) -> Tensor:
         """Return the other side of ``value``: remembered if that is sure to be right, else computed."""
@@ -159,8 +168,9 @@ class Bijection(TransformModule):
         if entry is not None:
             known = entry.input_of(self, value, inverse)
             if known is not None:
-                return known
+                return known[0]
         out, log_det = self._evaluate(value, inverse)
+        log_det = _show_nan(out, log_det)
         if out is not value and not out.is_inference():
             # past nn.Module.__setattr__, and in one assignment: threads see the old entry or the new one
             self.__dict__["_entry"] = _Entry(self, value, out, log_det, inverse)
@@ -299,6 +309,9 @@ class Inverse(Bijection):
 
     def _evaluate(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         return self.transform._evaluate(value, not inverse)
+
+    def _both(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return self.transform._both(value, not inverse)
 
     def _recall(self, value: Tensor, inverse: bool) -> Tensor:
         return self.transform._recall(value, not inverse)
@@ -576,11 +589,13 @@ class _Entry:
 
         self.output = weakref.ref(out, forget)
 
-    def input_of(self, owner: Bijection, out: Tensor, inverse: bool) -> Tensor | None:
-        """Return what ``out`` was made from, if this entry made it in the direction opposite to ``inverse``."""
+    def input_of(
+        self, owner: Bijection, out: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return what ``out`` was made from and the way back's log-determinant, if this entry made it."""
         if self.is_inverse == inverse or self.output() is not out or not self._valid(owner, out):
             return None
-        return self.input
+        return self.input, -self.log_det
 
     def log_det_of(self, owner: Bijection, x: Tensor, y: Tensor) -> Tensor | None:
         """Return log|det dy/dx| if (x, y) is the pair of this entry."""

@@ -2,19 +2,20 @@
 
 Every conditioner returns ``(num_params, *batch, *output)``, parameters first, and ends in a zero layer: the scalar
 map starts as the identity. A wide one computes θ feature-major and hands out a view, so that a spline's sums run
-over long contiguous rows (see :mod:`pyroflows.splines`).
+over long contiguous rows (see :mod:`pyroflows.splines`); a narrow one hands out a tuple of tensors, one a parameter,
+whose gradients come together in one copy.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Dense", "Free", "Masked", "SequentialPass", "default_hidden_dims"]
+__all__ = ["Conv", "Dense", "Free", "Masked", "SequentialPass", "default_hidden_dims"]
 
 Activation = Callable[[], nn.Module]
+Params = Tensor | tuple[Tensor, ...]
 
 _FEATURE_MAJOR_FROM = 5  # parameters for each scalar from which the feature-major layout pays
 
@@ -25,7 +26,11 @@ def default_hidden_dims(input_dim: int, context_dim: int = 0) -> list[int]:
 
 
 class _Conditioner(nn.Module):
-    """First layer, hidden layers and zero last layer, shared by dense and masked networks."""
+    """First layer, hidden layers and zero last layer, shared by dense and masked networks.
+
+    All weights are one packed parameter: optimizers and Pyro's param store pay for each tensor, not for its size.
+    :meth:`layers` gives the views.
+    """
 
     def __init__(
         self,
@@ -47,61 +52,86 @@ class _Conditioner(nn.Module):
         if residual and len(set(hidden_dims)) > 1:
             raise ValueError(f"residual=True needs hidden_dims of one width; got {hidden_dims}")
         self.num_params, self.out_features = num_params, out_features
-        self.context_dim, self.residual = context_dim, residual
+        self.context_dim, self.residual, self.hidden_dims = context_dim, residual, hidden_dims
         self.act = activation()
-        self.first = nn.Linear(in_features, hidden_dims[0])
-        self.from_context = (
-            nn.Linear(context_dim, hidden_dims[0], bias=False) if context_dim else None
-        )
-        widths = [hidden_dims[0]]
-        if residual:  # a block of two layers for each further width
-            widths += [h for h in hidden_dims[1:] for _ in range(2)]
+        # a residual block has two layers
+        widths = [hidden_dims[0], *(h for h in hidden_dims[1:] for _ in range(1 + residual))]
+        fan_in = [in_features, *widths]
+        fan_out = [*widths, num_params * out_features]
+        shapes: list[tuple[int, ...]] = []
+        for sizes in zip(fan_in, fan_out, strict=True):
+            shapes += [sizes, sizes[1:]]
+        if context_dim:
+            shapes.append((context_dim, widths[0]))
+        self._shapes = shapes
+        self._sizes = [math.prod(shape) for shape in shapes]
+        self.weights = nn.Parameter(torch.empty(sum(self._sizes)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights as ``nn.Linear`` does; zero the last layer, and in residual blocks the second."""
+        layers, from_context = self._unpack(self.weights)
+        for i, (weight, bias) in enumerate(layers):
+            limit = 1 / math.sqrt(len(weight))
+            zero = i == len(layers) - 1 or (self.residual and i > 0 and i % 2 == 0)
+            for tensor in (weight, bias):
+                tensor.zero_() if zero else tensor.uniform_(-limit, limit)
+        if from_context is not None:
+            limit = 1 / math.sqrt(self.context_dim)
+            from_context.uniform_(-limit, limit)
+
+    def _unpack(self, packed: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        pieces = packed.split(self._sizes)
+        views = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        from_context = views.pop() if self.context_dim else None
+        return list(zip(views[::2], views[1::2], strict=True)), from_context
+
+    def layers(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Return (weight, bias) of each layer, h W + b, and the context's weight, as they are applied."""
+        return self._unpack(self.weights)
+
+    def _theta(self, x: Tensor, context: Tensor | None) -> Params:
+        """Shape ``(*batch, in_features)`` to ``(num_params, *batch, out_features)``."""
+        layers, from_context = self.layers()
+        batch = x.shape[:-1]
+        if len(batch) != 1:
+            x = x.reshape(batch.numel(), x.shape[-1])
+        weight, bias = layers[0]
+        h = torch.addmm(bias, x, weight)
+        if from_context is not None:
+            h = h + self._spread(context @ from_context, batch)
+        if self.residual:
+            for (w1, b1), (w2, b2) in zip(layers[1:-1:2], layers[2:-1:2], strict=True):
+                h = h + torch.addmm(b2, self.act(torch.addmm(b1, self.act(h), w1)), w2)
+            h = self.act(h)
         else:
-            widths += hidden_dims[1:]
-        self.hidden = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.last = nn.Linear(widths[-1], num_params * out_features)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-        if residual:  # ReZero-style: every block starts as the identity of its stream
-            for layer in self.hidden[1::2]:
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
-
-    def _weight(self, index: int) -> Tensor:
-        """Weight of layer ``index`` (first 0, hidden 1 and up, last -1) as it is applied."""
-        return self._layer(index).weight
-
-    def _layer(self, index: int) -> nn.Linear:
-        if index == -1:
-            return self.last
-        return self.hidden[index - 1] if index else self.first
-
-    def _features(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Last hidden layer, ``(*batch, width)``."""
-        h = F.linear(x, self._weight(0), self.first.bias)
-        if self.from_context is not None:
-            h = h + self.from_context(context)
-        if not self.residual:
-            for i, layer in enumerate(self.hidden, start=1):
-                h = F.linear(self.act(h), self._weight(i), layer.bias)
-            return self.act(h)
-        for i in range(1, len(self.hidden), 2):
-            inner = F.linear(self.act(h), self._weight(i), self.hidden[i - 1].bias)
-            h = h + F.linear(self.act(inner), self._weight(i + 1), self.hidden[i].bias)
-        return self.act(h)
-
-    def _params(self, h: Tensor) -> Tensor:
-        """Last layer: ``(*batch, width)`` to ``(num_params, *batch, out_features)``."""
-        weight, bias = self._weight(-1), self.last.bias
+            act = torch.relu_ if type(self.act) is nn.ReLU else self.act  # nothing else reads h
+            h = act(h)
+            for weight, bias in layers[1:-1]:
+                h = act(torch.addmm(bias, h, weight))
+        weight, bias = layers[-1]
         if self.num_params < _FEATURE_MAJOR_FROM:
-            theta = F.linear(h, weight, bias)
-            return theta.unflatten(-1, (self.num_params, self.out_features)).movedim(-2, 0)
-        batch = h.shape[:-1]
-        h = h.reshape(batch.numel(), h.shape[-1])
-        theta = torch.addmm(bias.unsqueeze(-1), weight, h.t())
+            params = torch.addmm(bias, h, weight).split(self.out_features, -1)
+            if len(batch) == 1:
+                return params
+            return tuple(p.view(*batch, self.out_features) for p in params)
+        theta = torch.addmm(bias.unsqueeze(-1), weight.t(), h.t())
         return theta.view(self.num_params, self.out_features, *batch).movedim(1, -1)
+
+    @staticmethod
+    def _spread(shift: Tensor, batch: torch.Size) -> Tensor:
+        """What the context adds, ``(*context batch, width)``, as rows of the batch or as one row for all."""
+        if shift.dim() == 1:
+            return shift
+        return shift.expand(*batch, -1).reshape(batch.numel(), shift.shape[-1])
+
+    def extra_repr(self) -> str:
+        """Name the sizes."""
+        fan_in, fan_out = self._shapes[0][0], self.num_params * self.out_features
+        sizes = " → ".join(str(n) for n in [fan_in, *self.hidden_dims, fan_out])
+        notes = ", residual" * self.residual
+        return sizes + notes + (f", context_dim={self.context_dim}" if self.context_dim else "")
 
 
 class Dense(_Conditioner):
@@ -146,14 +176,16 @@ class Dense(_Conditioner):
         )
         self.input_shape, self.output_shape = input_shape, output_shape
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Params:
         """Return θ of shape ``(num_params, *batch, *output)``."""
         if len(self.input_shape) > 1:
             x = x.flatten(-len(self.input_shape))
-        params = self._params(self._features(x, context))
-        if len(self.output_shape) > 1:
-            params = params.unflatten(-1, self.output_shape)
-        return params
+        params = self._theta(x, context)
+        if len(self.output_shape) == 1:
+            return params
+        if isinstance(params, Tensor):
+            return params.unflatten(-1, self.output_shape)
+        return tuple(p.unflatten(-1, self.output_shape) for p in params)
 
 
 class Masked(_Conditioner):
@@ -181,6 +213,7 @@ class Masked(_Conditioner):
     """
 
     order: Tensor
+    mask: Tensor
 
     def __init__(
         self,
@@ -215,26 +248,28 @@ class Masked(_Conditioner):
         degree[order] = torch.arange(1, input_dim + 1)
         # without a context a unit of degree 0 would be a constant
         lowest = 0 if context_dim or input_dim == 1 else 1
+        count = max(1, input_dim - lowest)
+        mask = torch.ones(len(self.weights), dtype=torch.bool)
+        layers, _ = self._unpack(mask)
         below, self._starts = degree, []
-        for i in range(1 + len(self.hidden)):
-            width = self._layer(i).out_features
+        for weight, _ in layers[:-1]:
             # spread evenly, the highest always among them: no unit below goes unseen
-            count = max(1, input_dim - lowest)
-            units = lowest + ((torch.arange(width) + 1) * count + width - 1) // width - 1
-            self.register_buffer(f"mask_{i}", units[:, None] >= below)
+            width = weight.shape[1]
+            units = lowest + (torch.arange(1, width + 1) * count - 1) // width
+            weight.copy_(units >= below[:, None])
             # unit numbers at which degree m begins, m = 0..D
-            starts = torch.searchsorted(units, torch.arange(input_dim + 1)).tolist()
-            self._starts.append(starts)
+            self._starts.append(torch.searchsorted(units, torch.arange(input_dim + 1)).tolist())
             below = units
-        self.register_buffer("mask_last", (degree[:, None] > below).repeat(num_params, 1))
+        layers[-1][0].copy_((degree > below[:, None]).repeat(1, num_params))
+        self.register_buffer("mask", mask)
 
-    def _weight(self, index: int) -> Tensor:
-        mask = self.get_buffer("mask_last" if index == -1 else f"mask_{index}")
-        return self._layer(index).weight * mask
+    def layers(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Return (weight, bias) of each layer with the masked weights zero, and the context's weight."""
+        return self._unpack(self.weights * self.mask)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Params:
         """Return θ of shape ``(num_params, *batch, input_dim)`` for all features at once."""
-        return self._params(self._features(x, context))
+        return self._theta(x, context)
 
     def sequential(
         self, batch_shape: Sequence[int], context: Tensor | None = None
@@ -257,22 +292,21 @@ class SequentialPass:
         self.net, self.batch_shape = net, batch_shape
         self.order: list[int] = net.order.tolist()
         self.known = 0
-        batch = batch_shape.numel()
-        grad = torch.is_grad_enabled()
-        like = net.first.weight
-        rows = lambda size: _Rows(size, batch, like, grad)  # noqa: E731
-        self.x = rows(net.input_dim)
-        # per layer of the network, the activations that the next one reads
-        self.acts = [rows(net._layer(i).out_features) for i in range(1 + len(net.hidden))]
-        self.weights = [net.first.weight[:, net.order]]
-        self.weights += [layer.weight for layer in net.hidden]
-        self.biases = [layer.bias.unsqueeze(-1) for layer in [net.first, *net.hidden]]
-        self.last = net.last.weight.view(net.num_params, net.input_dim, -1)
-        self.last_bias = net.last.bias.view(net.num_params, net.input_dim, 1)
+        batch, grad = batch_shape.numel(), torch.is_grad_enabled()
+        # sorted degrees make all that a unit sees a prefix, so the mask is not needed
+        layers, from_context = net._unpack(net.weights)
+        (first, bias), *hidden, (last, last_bias) = layers
+        self.hidden = [(first[net.order].t(), bias.unsqueeze(-1))]
+        self.hidden += [(weight.t(), bias.unsqueeze(-1)) for weight, bias in hidden]
+        self.last = last.t().unflatten(0, (net.num_params, net.input_dim))
+        self.last_bias = last_bias.view(net.num_params, net.input_dim, 1)
+        self.x = _Rows(net.input_dim, batch, first, grad)
+        # what the next layer reads, for each hidden layer
+        self.acts = [_Rows(len(weight), batch, first, grad) for weight, _ in self.hidden]
         self.from_context: Tensor | None = None
-        if net.from_context is not None:
-            shift = net.from_context(context).expand(*batch_shape, -1)
-            self.from_context = shift.reshape(batch, shift.shape[-1]).t()
+        if from_context is not None:
+            shift = net._spread(context @ from_context, batch_shape)
+            self.from_context = shift.view(-1, shift.shape[-1]).t()
         self._advance()
 
     def params(self) -> Tensor:
@@ -294,11 +328,12 @@ class SequentialPass:
         net, known = self.net, self.known
         begin, end = self._units(0)
         if end > begin:
-            h = self.biases[0][begin:end]
+            weight, bias = self.hidden[0]
+            h = bias[begin:end]
             if self.from_context is not None:
                 h = h + self.from_context[begin:end]
             h = (
-                torch.addmm(h, self.weights[0][begin:end, :known], self.x.so_far())
+                torch.addmm(h, weight[begin:end, :known], self.x.so_far())
                 if known
                 else h.expand(-1, self.x.batch)
             )
@@ -319,8 +354,8 @@ class SequentialPass:
             self.acts[i + 1].append(net.act(h))
 
     def _linear(self, i: int, begin: int, end: int, below: "_Rows") -> Tensor:
-        h = below.so_far()
-        return torch.addmm(self.biases[i][begin:end], self.weights[i][begin:end, : h.shape[0]], h)
+        h, (weight, bias) = below.so_far(), self.hidden[i]
+        return torch.addmm(bias[begin:end], weight[begin:end, : h.shape[0]], h)
 
     def _units(self, layer: int) -> tuple[int, int]:
         starts = self.net._starts[layer]
@@ -385,9 +420,69 @@ class Free(nn.Module):
             self.theta = nn.Parameter(torch.zeros(num_params, *self.shape))
         self.num_params, self.context_dim = num_params, context_dim
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Params:
         """Return θ, ``(num_params, *shape)`` or ``(num_params, *context batch, *shape)``."""
         if not self.context_dim:
             batch_dims = x.dim() - len(self.shape)
             return self.theta.view(self.num_params, *[1] * batch_dims, *self.shape)
         return self.net(context)
+
+
+class Conv(nn.Module):
+    """A convolutional network ``(x, c) -> θ`` on images ``(*batch, channels, height, width)``.
+
+    A first layer, 1×1 layers, and a zero last layer; sizes of images are free.
+
+    Args:
+        in_channels: Channels of x.
+        num_params: Parameters for each scalar.
+        out_channels: Channels to be moved.
+        context_dim: Features of the context, added to the first layer at every pixel; 0 for none.
+        hidden_dims: Channels of the hidden layers; ``[64, 64]`` if None.
+        kernel_size: Odd width of the first and last layer's windows.
+        activation: Constructor of the nonlinearity.
+
+    Raises:
+        ValueError: If ``kernel_size`` is even, or ``hidden_dims`` is unusable.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_params: int,
+        out_channels: int,
+        *,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+        kernel_size: int = 3,
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        widths = [64, 64] if hidden_dims is None else list(hidden_dims)
+        if not widths or min(widths) < 1:
+            raise ValueError(f"hidden_dims must hold positive widths; got {widths}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive; got {kernel_size}")
+        self.num_params, self.context_dim = num_params, context_dim
+        self.act = activation()
+        pad = kernel_size // 2  # keeps height and width
+        self.first = nn.Conv2d(in_channels, widths[0], kernel_size, padding=pad)
+        self.from_context = nn.Linear(context_dim, widths[0], bias=False) if context_dim else None
+        self.hidden = nn.ModuleList(
+            nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.last = nn.Conv2d(widths[-1], num_params * out_channels, kernel_size, padding=pad)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return θ of shape ``(num_params, *batch, out_channels, height, width)``."""
+        batch = x.shape[:-3]
+        h = self.first(x.reshape(batch.numel(), *x.shape[-3:]))
+        if self.from_context is not None:
+            shift = self.from_context(context).expand(*batch, -1)
+            h = h + shift.reshape(batch.numel(), h.shape[1], 1, 1)
+        for layer in self.hidden:
+            h = layer(self.act(h))
+        params = self.last(self.act(h)).unflatten(1, (self.num_params, -1)).movedim(1, 0)
+        return params.reshape(self.num_params, *batch, *params.shape[-3:])

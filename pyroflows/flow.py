@@ -26,9 +26,9 @@ class FlowDistribution(TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of each value, in nats; shape ``sample_shape + batch_shape``."""
-        if not torch.compiler.is_compiling():
-            return super().log_prob(value)
-        (transform,) = self.transforms  # no memory of calls under the compiler, so one call
+        if self._validate_args:
+            self._validate_sample(value)
+        (transform,) = self.transforms
         noise, log_det = transform.inverse_and_log_det(value)
         return self.base_dist.log_prob(noise) + log_det
 

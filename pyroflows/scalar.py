@@ -5,8 +5,8 @@ Each is a frozen dataclass with ``num_params`` and two methods::
     y, log_slope = g.forward(x, params)     # log_slope = log|dy/dx|
     x, log_slope = g.inverse(y, params)     # log_slope = log|dx/dy|
 
-Parameters come first: ``params`` is ``(num_params, *shape)`` where ``shape`` broadcasts with that of x, so that
-``shift, raw = params`` unpacks. Every map is the identity at θ = 0 and takes the dtype and device of its inputs.
+Parameters come first: ``params`` is ``(num_params, *shape)``, a tensor or a tuple of tensors, where ``shape``
+broadcasts with that of x, so that ``shift, raw = params`` unpacks. Every map is the identity at θ = 0 and takes the dtype and device of its inputs.
 Splines, which are longer, live in :mod:`pyroflows.splines` under the same contract.
 """
 
@@ -16,7 +16,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Affine", "ScalarMap", "Scale", "Shift"]
+__all__ = ["Affine", "Params", "ScalarMap", "Scale", "Shift"]
+
+Params = Tensor | tuple[Tensor, ...]
 
 
 @runtime_checkable
@@ -27,10 +29,10 @@ class ScalarMap(Protocol):
     def num_params(self) -> int:
         """Parameters for each scalar."""
 
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return y and log|dy/dx|, both of x's shape."""
 
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return x and log|dx/dy|, both of y's shape."""
 
 
@@ -40,15 +42,17 @@ class Shift:
 
     num_params: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return y and its log-slope 0."""
         (shift,) = params
         y = x + shift
         return y, torch.zeros_like(y)
 
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return x and its log-slope 0."""
-        return self.forward(y, -params)
+        (shift,) = params
+        x = y - shift
+        return x, torch.zeros_like(x)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ class _Scaling:
         if not self.bound > 0:
             raise ValueError(f"{type(self).__name__} expects bound > 0; got {self.bound}")
 
-    def _log_scale(self, raw: Tensor) -> Tensor:
+    def _log_scale(self, raw: Tensor, sign: int = 1) -> Tensor:
         """Smooth, of slope one at 0 and never beyond ±bound: gradients never leave, scales never overflow."""
-        return self.bound * (raw / self.bound).tanh()
+        return (raw * (1 / self.bound)).tanh() * (sign * self.bound)
 
 
 @dataclass(frozen=True)
@@ -77,17 +81,17 @@ class Affine(_Scaling):
 
     num_params: ClassVar[int] = 2
 
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return y and s, both of the shape of x."""
         shift, raw = params
         s = self._log_scale(raw)
         y = x * s.exp() + shift
         return y, s.expand_as(y)
 
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return x and -s, both of the shape of y."""
         shift, raw = params
-        s = -self._log_scale(raw)
+        s = self._log_scale(raw, -1)
         x = (y - shift) * s.exp()
         return x, s.expand_as(x)
 
@@ -105,12 +109,14 @@ class Scale(_Scaling):
 
     num_params: ClassVar[int] = 1
 
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return y and s, both of the shape of x."""
         s = self._log_scale(params[0])
         y = x * s.exp()
         return y, s.expand_as(y)
 
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return x and -s, both of the shape of y."""
-        return self.forward(y, -params)
+        s = self._log_scale(params[0], -1)
+        x = y * s.exp()
+        return x, s.expand_as(x)

@@ -98,8 +98,7 @@ class Coupling(Bijection):
                 value.index_select(self.dim, self.moved_index),
             )
         n = len(self.kept_index) if self._halves > 0 else len(self.moved_index)
-        front = value.narrow(self.dim, 0, n)
-        behind = value.narrow(self.dim, n, self.size - n)
+        front, behind = value.split([n, self.size - n], self.dim)  # one copy backward
         return (front, behind) if self._halves > 0 else (behind, front)
 
     def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
