@@ -96,7 +96,7 @@ class LabelCells(nn.Module):
         hot = F.one_hot(cell + 1, self.num_bins + 1)[:, 1:].float()
         return torch.cat([hot, x.isnan().float()[:, None]], 1) if self.missing_seen else hot
 
-    def draw(self, cell: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True) -> Tensor:
         """A code from each bin."""
         one = torch.zeros(self.num_bins, dtype=torch.long).scatter_(0, self.group, torch.arange(len(self.group)))
         code = one[cell]
@@ -249,18 +249,18 @@ class NumberCells(nn.Module):
             parts.append(gone)
         return torch.stack([p.float() for p in parts], 1)
 
-    def draw(self, cell: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A value from each bin."""
+    def draw(self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True) -> Tensor:
+        """A value from each bin; unless ``lattice``, anywhere between the recording steps."""
         u = torch.rand(len(cell), dtype=torch.float64, generator=generator)
         regular = cell < self.hist.num_bins
-        x = self.keep(self.hist.icdf_in_bin(torch.where(regular, cell, 0), u))
+        x = self.keep(self.hist.icdf_in_bin(torch.where(regular, cell, 0), u), lattice=lattice)
         if len(self.atoms):
             x = torch.where(regular, x, self.atoms[(cell - self.hist.num_bins).clamp_min(0)])
         return x
 
-    def from_score(self, s: Tensor) -> Tensor:
+    def from_score(self, s: Tensor, *, lattice: bool = True) -> Tensor:
         """The value at a normal score."""
-        return self.keep(self.scores.inverse(s.double()))
+        return self.keep(self.scores.inverse(s.double()), lattice=lattice)
 
     def below(self, x: Tensor) -> Tensor:
         """The place just before x that no probability separates from it, unless x carries some."""
@@ -268,8 +268,10 @@ class NumberCells(nn.Module):
             return x - self.step
         return torch.where(self._atom(x)[0], torch.nextafter(x, x - 1), x) if len(self.atoms) else x
 
-    def keep(self, x: Tensor) -> Tensor:
-        """On the lattice and inside the support."""
+    def keep(self, x: Tensor, *, lattice: bool = True) -> Tensor:
+        """Inside the support, and on the lattice."""
+        if not lattice:
+            return x.clamp(self.bounds[0], self.bounds[1])
         half = self.step / 2
         return self.snap(x.clamp(self.bounds[0] + half, self.bounds[1] - half))
 

@@ -181,10 +181,10 @@ class TableModel(nn.Module):
 
     # ------------------------------------------------------------------ densities
 
-    def net_log_prob(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def net_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
         """Log-densities of the target cells under every network, and log-odds of being missing, both (M, T, N).
 
-        Unknown labels and missing cells get some number for the caller to replace.
+        Without ``atoms``, point masses get no probability. Unknown labels and missing cells get some number for the caller to replace.
         """
         out = self.nets(rows.features)
         t_count, n = rows.cell.shape
@@ -200,6 +200,12 @@ class TableModel(nn.Module):
             if kind:
                 value = o[..., 1:].log_softmax(-1).gather(-1, cell[..., None])[..., 0] + inside
             else:
+                if not atoms:
+                    hide = torch.zeros(len(which), o.shape[-1], dtype=torch.bool, device=o.device)
+                    for i, t in enumerate(which):
+                        c = self.targets[t]
+                        hide[i, 1 + c.hist.num_bins : 1 + c.num_bins] = True
+                    o = o.masked_fill(hide.repeat(self.members, 1)[:, None], NEVER)
                 value = mixture_log_prob(o[..., 1:], cell, inside, upper, width, offset, self.bins[0])
             value = value.view(self.members, len(which), n)
             odds = o[..., 0].view(self.members, len(which), n)
@@ -222,9 +228,9 @@ class TableModel(nn.Module):
             state = q.update(i, state, e.cell, e.upper - e.width / 2, ~x.isnan())
         return torch.stack(out)
 
-    def column_log_prob(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def column_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
         """Log-densities of target cells (0 where missing) and log-probabilities of their (non-)missingness, both (T, N)."""
-        log_p, odds = self.net_log_prob(rows.to(self.device))
+        log_p, odds = self.net_log_prob(rows.to(self.device), atoms=atoms)
         gone = odds.sigmoid().mean(0).clamp(1e-7, 1 - 1e-7).cpu().double()
         gone = torch.where(self.has_missing.cpu()[:, None], gone, 1e-7)
         out = (log_p.logsumexp(0) - math.log(self.members)).cpu().double()
@@ -298,7 +304,9 @@ class TableModel(nn.Module):
         out = self.nets.some(features.to(self.device), kind, rows)
         return out.cpu(), None if q_state is None else q_state
 
-    def _draw(self, t: int, out: Tensor, q_state: Any, generator: torch.Generator | None) -> Tensor:
+    def _draw(
+        self, t: int, out: Tensor, q_state: Any, generator: torch.Generator | None, lattice: bool = True
+    ) -> Tensor:
         """Values of target t, shape (N,), from its conditionals."""
         c, (kind, _) = self.targets[t], self.place[t]
         n = out.shape[1]
@@ -306,14 +314,17 @@ class TableModel(nn.Module):
         o = out[member, torch.arange(n)][:, 1:]
         b = self.bins[kind]
         k = (o.shape[1] - b) // 3
-        pick = torch.multinomial(o[:, : b + k].softmax(-1), 1, generator=generator)[:, 0]
-        x = c.draw(pick.clamp_max(c.num_bins - 1), generator)
+        logits = o[:, : b + k]
+        if not kind and not lattice and len(c.atoms):
+            logits = logits.index_fill(1, torch.arange(c.hist.num_bins, c.num_bins), NEVER)
+        pick = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        x = c.draw(pick.clamp_max(c.num_bins - 1), generator, lattice=lattice)
         if not kind:
             part = (pick - b).clamp_min(0)[:, None]
             loc, raw = o[:, b + k : b + 2 * k].gather(1, part)[:, 0], o[:, b + 2 * k :].gather(1, part)[:, 0]
             u = torch.rand(n, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
             s = loc.double() + log_scale(raw).exp().double() * u.logit()
-            x = torch.where(pick >= b, c.from_score(s), x)
+            x = torch.where(pick >= b, c.from_score(s, lattice=lattice), x)
         alpha = float(self.alpha[t])
         if q_state is not None and alpha > 0:
             q, j = self.mixture, self.num_given + t
@@ -324,7 +335,7 @@ class TableModel(nn.Module):
                 log_w, mean, sd = q.predict(j, q_state)
                 pick = torch.multinomial(log_w.exp(), 1, generator=generator)
                 noise = torch.randn(n, generator=generator, dtype=torch.float64)
-                simple = c.from_score(mean.gather(1, pick)[:, 0] + sd[0][pick[:, 0]] * noise)
+                simple = c.from_score(mean.gather(1, pick)[:, 0] + sd[0][pick[:, 0]] * noise, lattice=lattice)
             x = torch.where(torch.rand(n, generator=generator) < alpha, simple, x)
         return x
 
@@ -358,6 +369,7 @@ class TableModel(nn.Module):
         generator: torch.Generator | None = None,
         start: int = 0,
         leave_missing: bool = False,
+        lattice: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sequential Monte Carlo over the missing cells, column by column.
 
@@ -370,6 +382,7 @@ class TableModel(nn.Module):
             generator: Source of randomness.
             start: Target place before which nothing is missing, and nothing is to be counted.
             leave_missing: Draw also whether a missing cell stays missing, as in the data.
+            lattice: Draw lattice columns and point masses as such; else from the smooth density around them.
 
         Returns:
             Rows filled in, shape (N, S, D); their log-weights, shape (N, S); the log-density of the observed cells from
@@ -392,7 +405,7 @@ class TableModel(nn.Module):
                 if gap.any():
                     at = gap.nonzero()[:, 0]
                     q_at = None if state is None else (state[0][at], state[1][at])
-                    x = self._draw(t, out[:, at], q_at, generator)
+                    x = self._draw(t, out[:, at], q_at, generator, lattice)
                     row = at // draws
                     if c.is_label and 1 < draws and not leave_missing:
                         count = len(c.group)

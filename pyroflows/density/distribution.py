@@ -1,0 +1,81 @@
+"""A fitted table of numbers as a Pyro distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroflows.density.model import TableModel
+
+__all__ = ["TableDistribution"]
+
+
+class TableDistribution(dist.TorchDistribution):
+    r"""The joint density of number columns as a continuous distribution over vectors, columns in the table's order.
+
+    Lattice columns have the density that their dequantized values have, point masses none. ``log_prob`` is differentiable in its argument
+    almost everywhere (the histogram bins have steps); draws are exact, and not reparameterized.
+
+    Args:
+        model: A fitted model without given columns and without label targets.
+        batch_shape: Independent copies.
+
+    Raises:
+        ValueError: If a target is a label or a column is given.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+
+    def __init__(self, model: TableModel, batch_shape: torch.Size = torch.Size(), *, validate_args: bool | None = None) -> None:
+        names = [model.schema.columns[j].name for j, c in zip(model.order, model.cells, strict=True) if c.is_label]
+        if names or model.num_given:
+            given = [model.schema.columns[j].name for j in model.order[: model.num_given]]
+            raise ValueError(
+                f"distribution() needs number targets and no given columns; labels: {names}, given: {given}. "
+                "Fit the wanted columns alone, e.g. DensityEstimator(target=[...], given=[])"
+            )
+        self.model = model
+        super().__init__(torch.Size(batch_shape), torch.Size([len(model.order)]), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Real vectors, or the columns' bounds."""
+        place = {j: i for i, j in enumerate(self.model.order)}
+        bounds = [self.model.cells[place[j]].bounds.tolist() for j in range(len(place))]
+        parts = [_between(lo, hi) for lo, hi in bounds]
+        if all(p is constraints.real for p in parts):
+            return constraints.real_vector
+        return constraints.stack(parts, dim=-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density, shape of the batch."""
+        if self._validate_args:
+            self._validate_sample(value)
+        flat = value.reshape(-1, self.event_shape[0]).double().cpu()
+        rows = self.model.encode(flat, lattice=False)
+        log_p = self.model.column_log_prob(rows, atoms=False)[0].sum(0)
+        return log_p.view(value.shape[:-1]).to(value).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draws, shape (*sample_shape, *batch_shape, D), in torch's default dtype."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        blank = torch.full((shape[:-1].numel(), shape[-1]), torch.nan, dtype=torch.float64)
+        parts = [self.model.particles(part, 1, lattice=False)[0][:, 0] for part in blank.split(32768)]
+        return torch.cat(parts).view(shape).to(torch.get_default_dtype())
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> TableDistribution:
+        """The same with another batch shape."""
+        return type(self)(self.model, torch.Size(batch_shape), validate_args=self._validate_args)
+
+
+def _between(lower: float, upper: float) -> constraints.Constraint:
+    low, high = lower > -torch.inf, upper < torch.inf
+    if low and high:
+        return constraints.interval(lower, upper)
+    return constraints.greater_than(lower) if low else constraints.less_than(upper) if high else constraints.real
