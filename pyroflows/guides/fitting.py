@@ -20,7 +20,7 @@ from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
 from pyroflows.guides.weights import WeightSummary, summarize_weights
 
-__all__ = ["FitResult", "GradientClipper", "fit_guide", "learning_rate"]
+__all__ = ["FitResult", "GradientClipper", "fit_guide", "Schedule"]
 
 
 @dataclass
@@ -35,6 +35,7 @@ class FitResult:
         num_gradients: Evaluations of the model's gradient, pre-fit included.
         num_dropped: Particles that were dropped because something was not finite.
         converged: Whether the ELBO had levelled off before the last step of the longest schedule.
+        reverted: Whether training made it worse than the pre-fit, which was then put back.
         cpu_seconds: Processor time.
     """
 
@@ -45,16 +46,43 @@ class FitResult:
     num_gradients: int = 0
     num_dropped: int = 0
     converged: bool = False
+    reverted: bool = False
     cpu_seconds: float = 0.0
 
 
-def learning_rate(step: int, *, warmup: int, decay_from: int, decay_steps: int) -> float:
-    """Factor of the learning rate: linear warm-up, level, then a cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < decay_from:
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - decay_from + 1) / decay_steps)))
+class Schedule:
+    """Learning rate: linear warm-up, level until the loss levels off, then a cosine to zero.
+
+    Args:
+        num_steps: Longest schedule; two thirds of it, if never levelled off, are the cosine.
+        window: Steps over which losses are averaged to see whether they still fall; 0 never looks.
+        tol: Fall of the loss per window, in nats, that is worth another window at the full rate.
+    """
+
+    def __init__(self, num_steps: int, *, window: int = 60, tol: float = 0.005) -> None:
+        self.num_steps, self.window, self.tol = num_steps, window, tol
+        self.warmup = max(1, min(20, num_steps // 10))
+        self.decay_from, self.decay_steps = num_steps // 3, num_steps - num_steps // 3
+        self.converged = False
+
+    def factor(self, step: int) -> float:
+        """Factor of the learning rate at a step; 0 ends the fit."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if step < self.decay_from:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.decay_from) / self.decay_steps)))
+
+    def see(self, losses: list[float]) -> None:
+        """Begin the cosine early if the last window of losses is no lower than the one before."""
+        n, w = len(losses), self.window
+        if not w or n >= self.decay_from or n < self.warmup + 2 * w or (n - self.warmup) % (w // 2):
+            return
+        recent, before = (torch.tensor(x, dtype=torch.float64) for x in (losses[-w:], losses[-2 * w : -w]))
+        noise = ((recent.var() + before.var()) / w).sqrt()
+        if not before.mean() - recent.mean() > max(self.tol, noise.item()):
+            self.decay_from, self.converged = n, True
+            self.decay_steps = min(self.decay_steps, max(2 * w, n))
 
 
 class GradientClipper:
@@ -174,7 +202,7 @@ def fit_guide(
             guide.place(result.prefit)
         _train(density, guide, [packed, *_model_parameters(model, guide, args, kwargs)], result, num_steps, num_particles, lr, progress)
         with torch.no_grad():
-            result.diagnostics = summarize_weights(_log_weights(density, guide, normal_points(1000, density.dim, like=transport.loc)))
+            result.diagnostics = _assess(density, guide, result)
     result.cpu_seconds = time.process_time() - begun
     store, name = pyro.get_param_store(), f"{guide._pyro_name}.packed"
     if name in store and store[name] is not packed:  # left by another guide of the same name
@@ -187,6 +215,20 @@ def _log_weights(density: LatentDensity, guide: AutoFlow, z: Tensor) -> Tensor:
     v, log_det = transport.from_base(guide._parameters["packed"], z)
     log_q = guide.get_base_dist().log_prob(z) - log_det - transport.log_det_scale
     return density(transport.loc + transport.spread(v)) - log_q
+
+
+def _assess(density: LatentDensity, guide: AutoFlow, result: FitResult) -> WeightSummary:
+    """Summary of the weights; a guide that is clearly worse than its pre-fit goes back there."""
+    z = normal_points(1000, density.dim, like=guide._modules["transport"].loc, seed=1)
+    summary = summarize_weights(_log_weights(density, guide, z))
+    before = result.prefit
+    if before is not None and math.isfinite(before.elbo):
+        error = summary.elbo_error if math.isfinite(summary.elbo_error) else 0.0
+        if not summary.elbo > before.elbo - max(0.1, 3 * error):
+            guide.place(before)
+            summary = summarize_weights(_log_weights(density, guide, z))
+            result.reverted = True
+    return summary
 
 
 def _train(
@@ -203,10 +245,12 @@ def _train(
     points = _BasePoints(num_particles, density.dim, transport.loc)
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99), fused=True)
     clip = GradientClipper()
-    total = 700 if num_steps is None else num_steps
-    warmup, decay_from = max(1, min(20, total // 10)), total // 3
-    start = packed.detach().clone()
-    for step in range(total):
+    most = (50_000 - result.num_gradients) // num_particles if num_steps is None else num_steps
+    schedule = Schedule(max(most, 1), window=60 if num_steps is None else 0)
+    for step in range(most):
+        factor = schedule.factor(step)
+        if factor == 0.0:
+            break
         z = points.draw()
         v, _ = transport.from_base(packed, z)
         v_leaf = v.detach().requires_grad_()
@@ -225,12 +269,13 @@ def _train(
             for p in parameters[1:]:
                 if p.grad is not None:
                     p.grad.div_(-num_particles)
-        factor = learning_rate(step, warmup=warmup, decay_from=decay_from, decay_steps=total - decay_from)
+        schedule.see(result.losses)
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         if count and clip(parameters):
             optimizer.step()
-        if progress and (step + 1) % max(1, total // 10) == 0:
+        if progress and (step + 1) % 50 == 0:
             window = [x for x in result.losses[-50:] if math.isfinite(x)]
-            print(f"step {step + 1}/{total}  ELBO {-sum(window) / max(1, len(window)):.3f}", flush=True)
+            print(f"step {step + 1}: ELBO {-sum(window) / max(1, len(window)):.3f}", flush=True)
+    result.converged = schedule.converged
     result.num_gradients += len(result.losses) * num_particles

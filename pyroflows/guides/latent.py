@@ -195,7 +195,7 @@ class LatentDensity:
             return function()
 
         with torch.no_grad():
-            expected = torch.stack([same_randomness(lambda p=p: self._native(p)) for p in probe])
+            expected = torch.stack([same_randomness(lambda p=p: self._or_nan(p)) for p in probe])
             tol = math.sqrt(torch.finfo(u.dtype).eps)
             for way in (self._native, torch.vmap(self._native, randomness="same")):
                 try:
@@ -213,11 +213,20 @@ class LatentDensity:
         if u.shape[-1] != self.dim:
             raise ValueError(f"expected a latent vector of shape (..., {self.dim}); got {tuple(u.shape)}")
         if u.dim() == 1:
-            return self._native(u)
+            return self._or_nan(u)
         flat = u.reshape(-1, self.dim)
         if self._batched is None:
             self._batched = self._choose(flat)
-        return self._batched(flat).reshape(u.shape[:-1])
+        try:
+            return self._batched(flat).reshape(u.shape[:-1])
+        except torch.linalg.LinAlgError:  # one particle must not take the others with it
+            return torch.stack([self._or_nan(point) for point in flat]).reshape(u.shape[:-1])
+
+    def _or_nan(self, u: Tensor) -> Tensor:
+        try:
+            return self._native(u)
+        except torch.linalg.LinAlgError:
+            return u.sum() * math.nan
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Value of each site at ``u``: ``(S, D)`` to ``(S, *site)``, plate dimensions as in the model."""

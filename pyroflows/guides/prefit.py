@@ -121,8 +121,8 @@ def batch_and_match(
     return Gaussian(mu, L, method="batch-and-match")
 
 
-def _bfgs(target: Target, u: Tensor, *, num_steps: int = 200, tol: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximize from every row of ``u`` at once: points ``(K, D)``, log-densities ``(K,)``, inverse Hessians ``(K, D, D)``."""
+def _bfgs(target: Target, u: Tensor, *, num_steps: int = 100, tol: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Climb from every row of ``u`` at once by BFGS: points ``(K, D)`` and log-densities ``(K,)``."""
     K, D = u.shape
     eye = torch.eye(D).to(u)
     log_p, g = target.gradient(u)
@@ -162,26 +162,66 @@ def _bfgs(target: Target, u: Tensor, *, num_steps: int = 200, tol: float = 1e-6)
         # A start whose line search failed begins afresh along the gradient.
         stuck = ~good
         H = torch.where(stuck[:, None, None], eye / g.norm(dim=-1).clamp(min=1.0)[:, None, None], H)
-    return u, log_p, H
+    return u, log_p
 
 
-def laplace(target: Target, mode: Tensor, inverse_hessian: Tensor) -> Gaussian:
-    """The Gaussian of the curvature at a mode, by central differences of the gradient.
+def _curvature(target: Target, u: Tensor) -> Tensor:
+    """Minus the Hessian of the log-density at ``u``, ``(D,)``: exact where autograd can, else by central differences.
 
-    Differences are taken in the coordinates that ``inverse_hessian``, a rough guess, makes well-conditioned; directions
-    without curvature get a standard deviation of 10 in these. Cost: 2 D gradients, in one batch.
+    Cost: 2 D gradients, in one batch.
     """
-    D = len(mode)
-    values, Q = torch.linalg.eigh(inverse_hessian)
-    S = Q * values.clamp(min=1e-12 * values[-1].clamp(min=1e-12)).sqrt()
-    step = 3e-2 if target.dtype == torch.float32 else 1e-3
-    _, g = target.gradient(torch.cat([mode + step * S.T, mode - step * S.T]))
-    curvature = -(g[:D] - g[D:]) @ S / (2 * step)
+    D = len(u)
+    target.num_gradients += 2 * D
+    rows = u.to(target.dtype).expand(D, D).clone().requires_grad_()
+    eye = torch.eye(D).to(rows)
+    try:
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(target.log_density(rows).sum(), rows, create_graph=True)
+            (hessian,) = torch.autograd.grad((grad * eye).sum(), rows)
+    except RuntimeError:
+        step = (1e-2 if target.dtype == torch.float32 else 1e-4) * (1 + u.abs()).diag()
+        _, grads = target.gradient(torch.cat([u + step, u - step]))
+        hessian = (grads[:D] - grads[D:]) / (2 * step.diagonal()[:, None])
+    hessian = hessian.double()
+    return -(hessian + hessian.T) / 2
+
+
+def _eigh_scaled(curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Jacobi scales d and the eigen-decomposition of d K d, so that raw scales ten orders apart do no harm."""
+    d = curvature.diagonal().abs().clamp(min=1e-30).rsqrt()
+    values, Q = torch.linalg.eigh(d[:, None] * curvature * d)
+    return d, values, Q
+
+
+def _newton(target: Target, u: Tensor, *, num_steps: int = 20, tol: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Saddle-free Newton ascent from ``u``, ``(D,)``: the mode and the curvature there."""
+    sizes = torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01, 1e-3, 0.0]).to(u)
+    curvature = _curvature(target, u)
+    for _ in range(num_steps):
+        if not curvature.isfinite().all():
+            break
+        _, g = target.gradient(u[None])
+        d, values, Q = _eigh_scaled(curvature)
+        step = d * (Q @ ((Q.T @ (d * g[0])) / values.abs().clamp(min=1e-10 * values.abs().max())))
+        log_p = target(u + sizes[:, None] * step).nan_to_num(-math.inf, posinf=-math.inf)
+        u = u + sizes[log_p.argmax()] * step
+        curvature = _curvature(target, u)
+        if (step * g[0]).sum() < tol or log_p.argmax() == len(sizes) - 1:
+            break
+    return u, curvature
+
+
+def laplace(target: Target, start: Tensor) -> Gaussian:
+    """The Gaussian of the curvature at the mode that Newton's method finds from ``start``.
+
+    A direction without curvature, relative to the others, gets a standard deviation of 10 of its Jacobi-scaled units.
+    """
+    mode, curvature = _newton(target, start)
     if not curvature.isfinite().all():
-        curvature = torch.eye(D).to(mode)
-    values, Q = torch.linalg.eigh((curvature + curvature.T) / 2)
-    factor = S @ Q * values.clamp(min=1e-2).rsqrt()
-    L = torch.linalg.qr(factor.T).R.T
+        return Gaussian(mode, torch.eye(len(mode)).to(mode), method="Laplace")
+    d, values, Q = _eigh_scaled(curvature)
+    floor = torch.where(values > 0, 1e-12 * values.abs().max(), 1e-2)
+    L = torch.linalg.qr((d[:, None] * Q * torch.maximum(values, floor).rsqrt()).T).R.T
     return Gaussian(mode, L * L.diagonal().sign(), method="Laplace")
 
 
@@ -217,10 +257,10 @@ def prefit(
 
     consider(batch_and_match(target, start, num_steps=num_steps, batch_size=batch_size))
     spread = 2 * torch.tanh(normal_points(num_starts, D, like=loc, seed=1))
-    modes, log_p, H = _bfgs(target, loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]]))
+    modes, log_p = _bfgs(target, loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]]))
     best = log_p.nan_to_num(-math.inf).argsort(descending=True)
     distinct = [best[0]] + [i for i in best[1:2] if log_p[best[0]] - log_p[i] > 1e-2]
-    laplaces = [consider(laplace(target, modes[i], H[i])) for i in distinct]
+    laplaces = [consider(laplace(target, modes[i])) for i in distinct]
     for candidate in sorted(laplaces, key=lambda c: -c.elbo)[:1]:
         consider(batch_and_match(target, candidate, num_steps=num_steps, batch_size=batch_size))
         candidates[-1].method = "batch-and-match from Laplace"

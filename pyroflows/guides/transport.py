@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -51,30 +52,44 @@ class Chain:
         return x, first_slope + second_slope
 
 
-def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins: int = 8) -> Bijection:
+def _who_moves(num_features: int, num_layers: int) -> Tensor:
+    """Masks ``(num_layers, num_features)`` under which every feature acts directly on every other, if there is room.
+
+    Each feature moves in half of the layers, no two in the same ones, so that for any pair some layer moves the one and
+    keeps the other (an antichain; Sperner 1928). Complements come in pairs, so that each layer moves about half.
+    """
+    layers = range(num_layers)
+    codes = [set(c) for c in combinations(layers, num_layers // 2)]
+    codes.sort(key=lambda c: sum(i + 1 in c for i in c))  # those that take turns first
+    ordered: list[set[int]] = []
+    for code in codes:
+        if code not in ordered:
+            ordered += [code, set(layers) - code] if 2 * len(code) == num_layers else [code]
+    chosen = [ordered[i % len(ordered)] for i in range(num_features)]
+    return torch.tensor([[layer in code for code in chosen] for layer in layers])
+
+
+def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins: int = 5) -> Bijection:
     """The default flow of a guide: couplings by a spline and an affine map, the identity at the start.
 
-    The masks are the bits of the feature's index, each in both directions, so that every latent can act on every other.
-    One network call per layer in either direction.
+    Every latent acts directly on every other in some layer, up to 70 latents. One network call per layer in either
+    direction.
 
     Args:
         latent_dim: Number of latents.
-        num_layers: Number of couplings; from 4 to 6, growing with ``latent_dim``, if None.
+        num_layers: Number of couplings; 4 (up to 6 latents), 6 (20) or 8 if None.
         count_bins: Bins of each spline.
     """
-    scalar = Chain(RationalQuadratic(count_bins, bound=4.0), Affine(2.0))
+    scalar = Chain(RationalQuadratic(count_bins, bound=5.0), Affine(5.0))
     if latent_dim == 1:
         return Elementwise(scalar, Free(scalar.num_params, 1))
-    index, bits = torch.arange(latent_dim), max(1, math.ceil(math.log2(latent_dim)))
     if num_layers is None:
-        num_layers = max(4, min(6, 2 * bits))
+        num_layers = next((n for n in (4, 6) if math.comb(n, n // 2) >= latent_dim), 8)
     width = max(16, min(64, 4 * latent_dim))
     layers = []
-    for i in range(num_layers):
-        bit = bits - 1 - (i // 2) % bits
-        mask = (index >> bit) % 2 == (i + 1) % 2
-        kept = latent_dim - int(mask.sum())
-        net = Dense(kept, scalar.num_params, latent_dim - kept, hidden_dims=[width, width], activation=nn.SiLU)
+    for mask in _who_moves(latent_dim, num_layers):
+        moved = int(mask.sum())
+        net = Dense(latent_dim - moved, scalar.num_params, moved, hidden_dims=[width, width], activation=nn.SiLU)
         layers.append(Coupling(scalar, net, mask))
     return Compose(layers)
 
