@@ -1,8 +1,13 @@
 """Transforms under Pyro's factory names and keywords; each has a ``conditional_*`` variant.
 
-Changing ``import pyro.distributions.transforms as T`` to ``import pyroflows.transforms as T`` is enough. Every plain
-name takes ``context_dim=`` as well.
+Changing ``import pyro.distributions.transforms as T`` to ``import pyroflows.transforms as T`` is
+enough: names that are not defined here are Pyro's own. Every plain name that has parameters takes
+``context_dim=`` as well.
 """
+
+from typing import Any
+
+import pyro.distributions.transforms as _stock
 
 from pyroflows.bijection import Bijection, Compose, Inverse, as_bijection
 from pyroflows.transforms.autoregressive import (
@@ -34,6 +39,14 @@ from pyroflows.transforms.elementwise import (
     elementwise_affine,
     elementwise_scale,
     spline,
+)
+from pyroflows.transforms.image import (
+    Part,
+    Squeeze,
+    conditional_conv_coupling,
+    conv_coupling,
+    multi_scale,
+    squeeze,
 )
 from pyroflows.transforms.linear import (
     Householder,
@@ -74,6 +87,16 @@ from pyroflows.transforms.residual import (
     radial,
     sylvester,
 )
+from pyroflows.transforms.stateless import (
+    elu,
+    exp,
+    leaky_relu,
+    logit,
+    ordered,
+    sigmoid,
+    softplus,
+    tanh,
+)
 
 __all__ = [
     "ActNorm",
@@ -87,9 +110,11 @@ __all__ = [
     "Inverse",
     "Linear",
     "MatrixExponential",
+    "Part",
     "Permute",
     "Planar",
     "Radial",
+    "Squeeze",
     "Sylvester",
     "TriangularAffine",
     "actnorm",
@@ -105,6 +130,7 @@ __all__ = [
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
     "conditional_batchnorm",
+    "conditional_conv_coupling",
     "conditional_elementwise_affine",
     "conditional_elementwise_scale",
     "conditional_generalized_channel_permute",
@@ -118,23 +144,41 @@ __all__ = [
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
     "conditional_sylvester",
+    "conv_coupling",
     "coupling",
     "elementwise",
     "elementwise_affine",
     "elementwise_scale",
+    "elu",
+    "exp",
     "generalized_channel_permute",
     "half_mask",
     "householder",
     "iterated",
+    "leaky_relu",
     "linear",
+    "logit",
     "lower_cholesky_affine",
     "matrix_exponential",
+    "multi_scale",
+    "ordered",
     "permute",
     "planar",
     "radial",
     "reverse",
+    "sigmoid",
+    "softplus",
     "spline",
     "spline_autoregressive",
     "spline_coupling",
+    "squeeze",
     "sylvester",
+    "tanh",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return Pyro's (and PyTorch's) transform of that name."""
+    if name.startswith("_") or not hasattr(_stock, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_stock, name)

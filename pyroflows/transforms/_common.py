@@ -2,21 +2,20 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.bijection import Bijection
-from pyroflows.conditioners import Free
+from pyroflows.conditioners import Activation, Dense
 
 __all__ = ["Along", "Parameters", "from_rows", "rows_along", "triangle_index", "triangular"]
 
 
 class Along(Bijection):
-    """A bijection that treats one axis of the event; the sizes of the axes behind it may stay open.
+    """A bijection that treats one axis of the event; the axes behind it may be of any size.
 
     Args:
         input_dim: Entries along ``dim``, or the shape of the whole event, of ``-dim`` axes.
@@ -24,7 +23,8 @@ class Along(Bijection):
         context_dim: Features of the context, shape ``(*batch, context_dim)``; 0 for none.
 
     Raises:
-        ValueError: If ``dim`` is not negative, or ``input_dim`` is not positive or has not ``-dim`` axes.
+        ValueError: If ``dim`` is not negative, or ``input_dim`` is not positive or has not
+            ``-dim`` axes.
     """
 
     def __init__(
@@ -55,33 +55,49 @@ class Along(Bijection):
         return f"{self.size}, dim={self.dim}{context}"
 
 
-class Parameters(Free):
-    """Free parameters that start at ``start``; with a context, ``start`` plus a network that starts at zero.
+class Parameters(nn.Module):
+    """Free parameters that start at ``start``; a context adds a network's output, zero at first.
 
     Args:
         start: Initial value, shape ``(num_params, *shape)``.
         context_dim: Features of the context; 0 for none.
-        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
+        hidden_dims: Widths of the context's network.
+        residual: Whether its widths after the first are residual blocks of two layers.
+        activation: Constructor of its nonlinearity.
     """
 
-    def __init__(self, start: Tensor, *, context_dim: int = 0, **network: Any) -> None:
-        super().__init__(start.shape[0], start.shape[1:], context_dim=context_dim, **network)
-        with torch.no_grad():
-            self.base.copy_(start)
+    def __init__(
+        self,
+        start: Tensor,
+        *,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] | None = None,
+        residual: bool = False,
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(start.detach().clone())
+        if not context_dim:
+            return
+        num_params, *shape = start.shape
+        self.net = Dense(
+            context_dim,
+            num_params,
+            shape,
+            hidden_dims=hidden_dims,
+            residual=residual,
+            activation=activation,
+        )
 
-    @property
-    def base(self) -> Tensor:
-        """The part that does not depend on the context, ``(num_params, *shape)``: a view to write through."""
-        bias = self.net.last.bias if self.context_dim else self.theta
-        return bias.view(self.num_params, *self.shape)
-
-    def of(self, context: Tensor | None) -> Tensor:
-        """Return θ, ``(num_params, *shape)`` or ``(num_params, *context batch, *shape)``."""
-        return self.theta if context is None else self.net(context)
+    def of(self, context: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+        """Return θ: ``num_params`` tensors of ``shape``, with the context's batch in front."""
+        if context is None:
+            return self.theta
+        return tuple(t + c for t, c in zip(self.theta, self.net(context), strict=True))
 
 
 def rows_along(x: Tensor, dim: int, batched: bool) -> Tensor:
-    """Return the vectors along ``dim`` as rows ``(n, size)``; if ``batched``, ``(*batch, n, size)``."""
+    """Return the vectors along ``dim`` as ``(n, size)``; if ``batched``, ``(*batch, n, size)``."""
     rows = x.movedim(dim, -1)
     batch = rows.shape[: rows.dim() + dim] if batched else rows.shape[:0]
     return rows.reshape(*batch, prod(rows.shape[len(batch) : -1]), rows.shape[-1])
@@ -93,7 +109,7 @@ def from_rows(rows: Tensor, like: Tensor, dim: int) -> Tensor:
 
 
 def triangle_index(size: int, *, upper: bool = False) -> Tensor:
-    """Return where each entry of a triangle lies in ``[0, *packed entries]``, shape ``(size, size)``."""
+    """Return where each entry of a matrix lies in ``[0, *packed triangle]``, ``(size, size)``."""
     index = torch.zeros(size, size, dtype=torch.long)
     entries = torch.triu_indices(size, size) if upper else torch.tril_indices(size, size)
     index[entries[0], entries[1]] = torch.arange(1, entries.shape[1] + 1)
@@ -101,6 +117,6 @@ def triangle_index(size: int, *, upper: bool = False) -> Tensor:
 
 
 def triangular(packed: Tensor, index: Tensor) -> Tensor:
-    """Return ``(*batch, D, D)`` from packed entries ``(*batch, D (D + 1) / 2)``; see :func:`triangle_index`."""
+    """Unpack ``(*batch, D (D + 1) / 2)`` into ``(*batch, D, D)``; see :func:`triangle_index`."""
     padded = F.pad(packed, (1, 0))
     return padded.index_select(-1, index.flatten()).unflatten(-1, index.shape)

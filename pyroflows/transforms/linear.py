@@ -1,4 +1,4 @@
-"""Linear maps: permutations, PLU products, triangular affine maps, reflections, matrix exponentials."""
+"""Linear maps: permutations, PLU, triangular matrices, reflections, matrix exponentials."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -46,9 +46,7 @@ LOG_SCALE_BOUND = 16.0  # of a diagonal: e^16 is still harmless in float32
 def _permutation(permutation: Sequence[int] | Tensor, size: int) -> Tensor:
     result = torch.as_tensor(permutation).detach().cpu().long().clone()
     if result.dim() != 1 or sorted(result.tolist()) != list(range(size)):
-        raise ValueError(
-            f"permutation must be one of 0..{size - 1}; got {result.tolist()}"
-        )
+        raise ValueError(f"permutation must be one of 0..{size - 1}; got {result.tolist()}")
     return result
 
 
@@ -91,15 +89,18 @@ class Linear(Along):
 
     .. math:: y = P L U x, \qquad \log|\det| = \sum_i \log U_{ii}
 
-    P is a fixed permutation (a buffer), L unit lower triangular, U upper triangular with a positive diagonal whose
-    logarithm is smoothly bounded. Either direction costs O(D²) for each vector, by two products or two triangular
-    solves, and the log-determinant O(D); with a context one network call. At initialization L = U = 1.
+    P is a fixed permutation (a buffer), L unit lower triangular, U upper triangular with a
+    positive diagonal whose logarithm is smoothly bounded. Either direction costs O(D²) for each
+    vector, by two products or two triangular solves, and the log-determinant O(D); with a context
+    one network call. At initialization L = U = 1.
 
     Args:
         input_dim: Entries D along ``dim``, or the shape of the event.
-        permutation: P as an order of ``range(D)``; the natural one if None, which makes y = x at initialization.
+        permutation: P as an order of ``range(D)``; the natural one if None, which makes y = x at
+            initialization.
         dim: Negative axis; -3 gives the 1×1 convolution of images ``(channels, height, width)``.
-        context_dim: Features of the context, shape ``(*batch, context_dim)``, which then sets all entries of L and U.
+        context_dim: Features of the context, shape ``(*batch, context_dim)``, which then sets all
+            entries of L and U.
         bound: Largest |log U_ii|, in nats.
         **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
 
@@ -159,23 +160,25 @@ class Linear(Along):
 
 
 class TriangularAffine(Along):
-    r"""A learnable lower-triangular affine map: noise that is standard normal becomes N(loc, L Lᵀ).
+    r"""A learnable lower-triangular affine map; it makes standard normal noise N(loc, L Lᵀ).
 
     .. math:: y = \mathrm{loc} + L x, \qquad \log|\det| = \sum_i \log L_{ii}
 
-    The log-diagonal is smoothly bounded. O(D²) in either direction; with a context, which then sets loc and L, one
-    network call. The identity at initialization, unless told otherwise.
+    The log-diagonal is smoothly bounded. O(D²) in either direction; with a context, which then
+    sets loc and L, one network call. The identity at initialization, unless told otherwise.
 
     Args:
         input_dim: Number of features D.
         loc: Initial loc, shape ``(D,)``; zeros if None.
-        scale_tril: Initial L, shape ``(D, D)``, lower triangular with a positive diagonal; the identity if None.
+        scale_tril: Initial L, shape ``(D, D)``, lower triangular with a positive diagonal; the
+            identity if None.
         context_dim: Features of the context; 0 for none.
         bound: Largest |log L_ii|, in nats.
         **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
 
     Raises:
-        ValueError: If ``loc`` or ``scale_tril`` has the wrong shape or a diagonal entry beyond the bound.
+        ValueError: If ``loc`` or ``scale_tril`` has the wrong shape or a diagonal entry beyond the
+            bound.
     """
 
     triangle: Tensor
@@ -196,8 +199,8 @@ class TriangularAffine(Along):
         scale_tril = torch.eye(d) if scale_tril is None else scale_tril.detach()
         if loc.shape != (d,) or scale_tril.shape != (d, d):
             raise ValueError(
-                f"TriangularAffine expects loc of shape ({d},) and scale_tril of shape ({d}, {d}); "
-                f"got {tuple(loc.shape)} and {tuple(scale_tril.shape)}"
+                f"TriangularAffine expects loc of shape ({d},) and scale_tril of shape "
+                f"({d}, {d}); got {tuple(loc.shape)} and {tuple(scale_tril.shape)}"
             )
         ratio = scale_tril.diagonal().log() / bound
         if not bool((ratio.abs() < 1).all()):
@@ -241,23 +244,25 @@ class TriangularAffine(Along):
 
 
 def reflect(x: Tensor, u: Tensor) -> Tensor:
-    r"""Return x reflected at the plane orthogonal to u, :math:`x - 2 u (u \cdot x) / |u|^2`; batches broadcast."""
+    r"""Reflect x at the plane orthogonal to u, :math:`x - 2 u (u \cdot x) / |u|^2`."""
     norm2 = (u * u).sum(-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
     return x - (2 * (u * x).sum(-1, keepdim=True) / norm2) * u
 
 
 class Householder(Along):
-    r"""Reflections at learnable planes, one after the other: an orthogonal map with log-determinant 0.
+    r"""Reflections at learnable planes, one after the other: an orthogonal map.
 
     .. math:: y = H_K \cdots H_1 x, \qquad H_k = 1 - 2 \frac{u_k u_k^T}{|u_k|^2}
 
-    O(K D) in either direction; with a context, which then sets every u, one network call. A single reflection is
-    never the identity, but two equal ones are: at initialization the planes are random and equal in pairs, so an
-    even K starts as the identity and an odd K as one random reflection.
+    O(K D) in either direction; with a context, which then sets every u, one network call. A single
+    reflection is never the identity, but two equal ones are: at initialization the planes are
+    random and equal in pairs, so an even K starts as the identity and an odd K as one random
+    reflection.
 
     Args:
         input_dim: Number of features D.
-        count_transforms: Number of reflections K; K = D reaches every orthogonal map of determinant (-1)^D.
+        count_transforms: Number of reflections K; K = D reaches every orthogonal map of
+            determinant (-1)^D.
         context_dim: Features of the context; 0 for none.
         **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
 
@@ -265,7 +270,8 @@ class Householder(Along):
         ValueError: If ``count_transforms`` is not positive.
 
     References:
-        Tomczak, Welling (2016), Improving variational auto-encoders using Householder flow. arXiv:1611.09630
+        Tomczak, Welling (2016), Improving variational auto-encoders using Householder flow.
+        arXiv:1611.09630
     """
 
     def __init__(
@@ -296,8 +302,8 @@ class MatrixExponential(Along):
 
     .. math:: y = e^M x, \qquad x = e^{-M} y, \qquad \log|\det| = \operatorname{tr} M
 
-    One matrix exponential, O(D³), for each context in either direction, to the precision of the dtype; with a
-    context one network call. The identity at initialization.
+    One matrix exponential, O(D³), for each context in either direction, to the precision of the
+    dtype; with a context one network call. The identity at initialization.
 
     Args:
         input_dim: Number of features D.
@@ -310,7 +316,8 @@ class MatrixExponential(Along):
         ValueError: If ``bound`` is not positive.
 
     References:
-        Hoogeboom, Garcia Satorras, Tomczak, Welling (2020), The convolution exponential. arXiv:2006.01910
+        Hoogeboom, Garcia Satorras, Tomczak, Welling (2020), The convolution exponential.
+        arXiv:2006.01910
     """
 
     def __init__(
@@ -338,7 +345,7 @@ class MatrixExponential(Along):
         return self._move(y, context, -1)
 
 
-# ---------------------------------------------------------------------------------------------- factories
+# -------------------------------------------------------------------------------- factories
 
 
 def permute(
@@ -362,7 +369,7 @@ def permute(
 
 
 def reverse(input_dim: int | Sequence[int], dim: int = -1) -> Permute:
-    """Return the permutation that turns the order along ``dim`` around; arguments as in :func:`permute`."""
+    """Return the permutation that turns the order along ``dim`` around; see :func:`permute`."""
     n = input_dim if isinstance(input_dim, int) else input_dim[0]
     return Permute(input_dim, range(n - 1, -1, -1), dim=dim)
 
@@ -374,7 +381,7 @@ def linear(
     dim: int = -1,
     **kwargs: Any,
 ) -> Linear:
-    """Return :class:`Linear`, a learnable matrix in PLU form; ``hidden_dims`` are those of a context's network."""
+    """Return :class:`Linear`, a learnable matrix; ``hidden_dims`` are of a context's network."""
     return Linear(input_dim, permutation, dim=dim, hidden_dims=hidden_dims, **kwargs)
 
 
@@ -386,14 +393,12 @@ def lower_cholesky_affine(
     scale_tril: Tensor | None = None,
     **kwargs: Any,
 ) -> TriangularAffine:
-    """Return :class:`TriangularAffine`, y = loc + L x with learnable loc and L, which start as given."""
+    """Return :class:`TriangularAffine`, y = loc + L x; loc and L start as given and learn."""
     return TriangularAffine(input_dim, loc, scale_tril, hidden_dims=hidden_dims, **kwargs)
 
 
-def householder(
-    input_dim: int, count_transforms: int | None = None, **kwargs: Any
-) -> Householder:
-    """Return :class:`Householder`, ``count_transforms`` reflections; if None, the even number from D / 2 + 1 up."""
+def householder(input_dim: int, count_transforms: int | None = None, **kwargs: Any) -> Householder:
+    """Return :class:`Householder`; ``count_transforms`` is even and above D / 2 if None."""
     if count_transforms is None:
         count_transforms = 2 * ((input_dim // 2 + 2) // 2)
     return Householder(input_dim, count_transforms, **kwargs)
@@ -417,9 +422,10 @@ def generalized_channel_permute(
     hidden_dims: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Linear:
-    """Return Glow's 1×1 convolution for images ``(channels, height, width)``: :class:`Linear` along dim -3.
+    """Return Glow's 1×1 convolution of images: :class:`Linear` along dim -3.
 
-    It starts as a permutation of the channels, the given one or if None a random one, so that channels mix.
+    It starts as a permutation of the channels, the given one or if None a random one, so that
+    channels mix.
     """
     if permutation is None:
         permutation = torch.randperm(channels)
@@ -432,7 +438,7 @@ def conditional_generalized_channel_permute(
     hidden_dims: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Bijection:
-    """:func:`generalized_channel_permute` with a context of ``context_dim`` features, which comes first as in Pyro."""
+    """:func:`generalized_channel_permute` with a context, whose size comes first as in Pyro."""
     kwargs.update(hidden_dims=hidden_dims)
     return conditional(generalized_channel_permute)(channels, context_dim, **kwargs)
 

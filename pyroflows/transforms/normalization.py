@@ -1,4 +1,4 @@
-"""Normalizing layers, which take location and scale from the data: ActNorm and batch normalization."""
+"""Layers that take location and scale from the data: ActNorm and batch normalization."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,14 +28,17 @@ class ActNorm(Along):
 
     .. math:: y_i = e^{s_i} x_i + t_i, \qquad |s_i| < \mathrm{bound}
 
-    The first batch that comes from the data side in training mode, of two rows or more, sets t and s to the mean and
-    the log standard deviation of its features, so that x has mean 0 and variance 1. From then on they are ordinary
-    parameters: the buffer ``initialized`` says so and is saved with them. Training from the noise side (variational
-    inference) counts as initialized too: the layer then stays the identity that it was. Rows that are not finite
-    and constant features take no part. Nothing is initialized in evaluation mode, under ``torch.func`` or while
-    ``torch.compile`` traces: make one plain call first.
+    The first batch that comes from the data side in training mode, of two rows or more, sets t and
+    s to the mean and the log standard deviation of its features, so that x has mean 0 and variance
+    1. From then on they are ordinary
+    parameters: the buffer ``initialized`` says so and is saved with them. Training from the noise
+    side (variational inference) counts as initialized too: the layer then stays the identity that
+    it was. Rows that are not finite and constant features take no part. Nothing is initialized in
+    evaluation mode, under ``torch.func`` or while ``torch.compile`` traces: make one plain call
+    first.
 
-    One evaluation in either direction; with a context one network call, whose result is added to s and t.
+    One evaluation in either direction; with a context one network call, whose result is added to s
+    and t.
 
     Args:
         input_dim: Entries along ``dim``, or the shape of the event.
@@ -64,7 +67,7 @@ class ActNorm(Along):
         start = torch.zeros(2, self.size, *[1] * (-dim - 1))
         self.affine = Parameters(start, context_dim=context_dim, **network)
         self.register_buffer("initialized", torch.tensor(False))
-        # what the buffer is known to say, shared with conditioned views: reading it would stall a GPU
+        # what the buffer is known to say, shared with views: reading it stalls a GPU
         self._known = {"initialized": False}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -92,8 +95,7 @@ class ActNorm(Along):
             limit = 0.99 * self.scalar.bound
             ratio = log_std.clamp(-limit, limit) / self.scalar.bound
             raw = self.scalar.bound * ratio.atanh()  # undoes the bound
-            base = self.affine.base
-            base.copy_(torch.stack([mean, raw]).view_as(base))
+            self.affine.theta.copy_(torch.stack([mean, raw]).view_as(self.affine.theta))
         self.initialized.fill_(True)
         self._known["initialized"] = True
 
@@ -117,13 +119,15 @@ class BatchNorm(Along):
 
     .. math:: x = e^{g} \, \frac{y - m}{\sqrt{v + \epsilon}} + \beta
 
-    From the data side in training mode, m and v are mean and variance of the batch, over all its axes, and move the
-    running averages; in evaluation mode, and always from the noise side, they are the running averages. So the two
-    directions are each other's inverse in evaluation mode only. The log-determinant takes m and v as constants.
-    Rows that are not finite do not count; with fewer than two that do, the running averages serve. In
-    evaluation mode it starts as the identity up to the factor √(1 + ε).
+    From the data side in training mode, m and v are mean and variance of the batch, over all its
+    axes, and move the running averages; in evaluation mode, and always from the noise side, they
+    are the running averages. So the two directions are each other's inverse in evaluation mode
+    only. The log-determinant takes m and v as constants. Rows that are not finite do not count;
+    with fewer than two that do, the running averages serve. In evaluation mode it starts as the
+    identity up to the factor √(1 + ε).
 
-    One evaluation in either direction; with a context one network call, whose result is added to g and β.
+    One evaluation in either direction; with a context one network call, whose result is added to g
+    and β.
 
     Args:
         input_dim: Number of features.
@@ -136,7 +140,8 @@ class BatchNorm(Along):
         ValueError: If ``momentum`` is outside [0, 1], or ``epsilon`` outside (0, 1).
 
     References:
-        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, appendix E. arXiv:1605.08803
+        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, appendix E.
+        arXiv:1605.08803
     """
 
     moving_mean: Tensor
@@ -165,7 +170,7 @@ class BatchNorm(Along):
         self.register_buffer("moving_variance", torch.ones(input_dim))
 
     def _batch_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and unbiased variance over the finite rows, the running ones if there are too few."""
+        """Return mean and unbiased variance of the finite rows; running ones for lack of rows."""
         rows = y.reshape(-1, self.size)
         finite = rows.isfinite().all(-1, keepdim=True)
         count = finite.sum(0).to(y.dtype)

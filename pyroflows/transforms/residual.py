@@ -1,4 +1,4 @@
-"""Small residual maps y = x + f(x) with a cheap determinant, and inverses to the precision of the dtype."""
+"""Residual maps y = x + f(x) with cheap determinants and inverses as precise as the dtype."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ MIN_SLOPE = 1e-3  # bounds the condition number of the inverse
 
 
 def positive_slope(raw: Tensor) -> Tensor:
-    """Return a slope above ``MIN_SLOPE``: 1 at 0, and ``raw`` plus a constant where that is large."""
+    """Return a slope above ``MIN_SLOPE``, 1 at 0; it grows like ``raw`` where that is large."""
     return MIN_SLOPE + (1 - MIN_SLOPE) * F.softplus(raw + math.log(math.expm1(1)))
 
 
@@ -46,10 +46,11 @@ class Planar(Along):
     .. math:: y = x + \hat u \tanh(w \cdot x + b), \qquad
         \det = \tanh^2 + (1 - \tanh^2)(1 + w \cdot \hat u)
 
-    :math:`\hat u` is u with its part along w bent so that :math:`1 + w \cdot \hat u` stays above 0.001, and is 0 at
-    u = 0. O(D) from x to y. From y to x :math:`w \cdot x` solves a monotone equation in one unknown, found to the
-    precision of the dtype, with exact first-order gradients. With a context, which then sets u, w and b, one network
-    call in either direction. The identity at initialization.
+    :math:`\hat u` is u with its part along w bent so that :math:`1 + w \cdot \hat u` stays above
+    0.001, and is 0 at u = 0. O(D) from x to y. From y to x :math:`w \cdot x` solves a monotone
+    equation in one unknown, found to the precision of the dtype, with exact first-order gradients.
+    With a context, which then sets u, w and b, one network call in either direction. The identity
+    at initialization.
 
     Args:
         input_dim: Number of features D.
@@ -57,8 +58,8 @@ class Planar(Along):
         **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
 
     References:
-        Rezende, Mohamed (2015), Variational inference with normalizing flows, eq. 10 and appendix A.1.
-        arXiv:1505.05770
+        Rezende, Mohamed (2015), Variational inference with normalizing flows, eq. 10 and appendix
+        A.1. arXiv:1505.05770
     """
 
     def __init__(self, input_dim: int, *, context_dim: int = 0, **network: Any) -> None:
@@ -102,9 +103,10 @@ class Radial(Along):
 
     .. math:: y = x + \frac{\beta}{\alpha + r} (x - x_0), \qquad r = |x - x_0|
 
-    With :math:`\beta = \alpha (\kappa - 1)`: κ > 0.001 is the slope at the centre, which makes it invertible. O(D) in
-    either direction: from y to x the radius solves a quadratic equation. With a context, which then sets α, κ and
-    :math:`x_0`, one network call. The identity at initialization.
+    With :math:`\beta = \alpha (\kappa - 1)`: κ > 0.001 is the slope at the centre, which makes it
+    invertible. O(D) in either direction: from y to x the radius solves a quadratic equation. With
+    a context, which then sets α, κ and :math:`x_0`, one network call. The identity at
+    initialization.
 
     Args:
         input_dim: Number of features D.
@@ -112,8 +114,8 @@ class Radial(Along):
         **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
 
     References:
-        Rezende, Mohamed (2015), Variational inference with normalizing flows, eq. 14 and appendix A.2.
-        arXiv:1505.05770
+        Rezende, Mohamed (2015), Variational inference with normalizing flows, eq. 14 and appendix
+        A.2. arXiv:1505.05770
     """
 
     def __init__(self, input_dim: int, *, context_dim: int = 0, **network: Any) -> None:
@@ -140,7 +142,7 @@ class Radial(Along):
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         alpha, slope, centre = self._params(context)
-        # |y - x0| = r (r + α κ) / (r + α), that is r² + b r - α |y - x0| = 0: the roots differ in sign
+        # |y - x0| = r (r + α κ) / (r + α), so r² + b r - α |y - x0| = 0; the roots differ in sign
         radius = torch.linalg.vector_norm(y - centre, dim=-1, keepdim=True)
         b = alpha * slope - radius
         larger = (b.abs() + torch.sqrt(b * b + 4 * alpha * radius)) / 2
@@ -154,10 +156,11 @@ class Sylvester(Along):
 
     .. math:: y = x + Q R \tanh(S Q^T x + b), \qquad \det = \prod_i (1 + \tanh' R_{ii} S_{ii})
 
-    Q is a product of K reflections, R and S are upper triangular with diagonals inside (-1, 1). O(D² + K D) from x to
-    y. From y to x the entries of :math:`Q^T x` come one after the other, each the root of a monotone equation in one
-    unknown, found to the precision of the dtype, with exact first-order gradients: D root searches. With a context,
-    which then sets everything, one network call in either direction. The identity at initialization.
+    Q is a product of K reflections, R and S are upper triangular with diagonals inside (-1, 1).
+    O(D² + K D) from x to y. From y to x the entries of :math:`Q^T x` come one after the other,
+    each the root of a monotone equation in one unknown, found to the precision of the dtype, with
+    exact first-order gradients: D root searches. With a context, which then sets everything, one
+    network call in either direction. The identity at initialization.
 
     Args:
         input_dim: Number of features D.
@@ -169,7 +172,8 @@ class Sylvester(Along):
         ValueError: If ``count_transforms`` is not positive.
 
     References:
-        van den Berg, Hasenclever, Tomczak, Welling (2018), Sylvester normalizing flows. arXiv:1803.05649
+        van den Berg, Hasenclever, Tomczak, Welling (2018), Sylvester normalizing flows.
+        arXiv:1803.05649
     """
 
     triangle: Tensor
