@@ -33,6 +33,14 @@ def _softplus_inverse(y: float) -> float:
     return y + math.log(-math.expm1(-y))
 
 
+class _Independent(dist.Independent):
+    """Pyro's, except that it takes empty batches, at which PyTorch's sum fails."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob = self.base_dist.log_prob(value)
+        return log_prob.sum(tuple(range(-self.reinterpreted_batch_ndims, 0)))
+
+
 class Base(nn.Module):
     """A family of distributions with one event shape, indexed by a context if ``context_dim > 0``.
 
@@ -98,7 +106,7 @@ class DiagonalNormal(Base):
     def forward(self, context: Tensor | None = None) -> Distribution:
         """Return the normal."""
         normal = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False)
-        return normal.to_event(len(self.event_shape))
+        return _Independent(normal, len(self.event_shape))
 
 
 class StandardNormal(DiagonalNormal):
@@ -141,7 +149,7 @@ class StudentT(Base):
         """Return the Student's t."""
         df = F.softplus(self.raw_df)
         t = dist.StudentT(df, torch.zeros_like(df), torch.ones_like(df), validate_args=False)
-        return t.to_event(len(self.event_shape))
+        return _Independent(t, len(self.event_shape))
 
 
 class GaussianMixture(Base):
@@ -173,7 +181,7 @@ class GaussianMixture(Base):
             return dist.MixtureOfDiagNormals(self.loc, scale, self.logits)
         return dist.MixtureSameFamily(
             dist.Categorical(logits=self.logits, validate_args=False),
-            dist.Normal(self.loc, scale, validate_args=False).to_event(1),
+            _Independent(dist.Normal(self.loc, scale, validate_args=False), 1),
             validate_args=False,
         )
 
@@ -208,7 +216,7 @@ class ConditionalNormal(Base):
             )
         loc, raw = self.net(context)
         scale = (8 * (raw / 8).tanh()).exp()
-        return dist.Normal(loc, scale, validate_args=False).to_event(1)
+        return _Independent(dist.Normal(loc, scale, validate_args=False), 1)
 
 
 class _Fixed(Base):
@@ -222,8 +230,11 @@ class _Fixed(Base):
                 "Use .expand([n]).to_event(1)"
             )
         super().__init__(shape)
-        if not distribution.event_shape:
-            distribution = dist.Independent(distribution, len(shape))
+        if isinstance(distribution, torch.distributions.Independent):
+            ndims, distribution = distribution.reinterpreted_batch_ndims, distribution.base_dist
+            distribution = _Independent(distribution, ndims)
+        elif not distribution.event_shape:
+            distribution = _Independent(distribution, len(shape))
         self.distribution = distribution
 
     def forward(self, context: Tensor | None = None) -> Distribution:

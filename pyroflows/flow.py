@@ -84,6 +84,11 @@ class Flow(PyroModule):
         self.transform = transform
         self.context_dim = dims.pop() if dims else 0
 
+    def __call__(self, context: Tensor | None = None) -> FlowDistribution:
+        if torch.compiler.is_compiling():  # Pyro's context manager would break the graph
+            return self.distribution(context)
+        return super().__call__(context)
+
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """Return the distribution; within a model or guide, register the parameters.
 

@@ -420,7 +420,7 @@ class _Layout:
     def restore(self, flat: Tensor) -> Tensor:
         """The logical shape from (N,) or (num_params, N)."""
         lead = flat.shape[:-1]
-        full = flat.view(*lead, *self.shape)
+        full = flat.view((*lead, *self.shape))
         if self.back is None:
             return full
         return full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
