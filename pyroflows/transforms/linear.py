@@ -44,10 +44,10 @@ LOG_SCALE_BOUND = 16.0  # of a diagonal: e^16 is still harmless in float32
 
 
 def _permutation(permutation: Sequence[int] | Tensor, size: int) -> Tensor:
-    result = torch.as_tensor(permutation).detach().cpu().long().clone()
-    if result.dim() != 1 or sorted(result.tolist()) != list(range(size)):
-        raise ValueError(f"permutation must be one of 0..{size - 1}; got {result.tolist()}")
-    return result
+    order = torch.as_tensor(permutation).tolist()
+    if not isinstance(order, list) or sorted(order) != list(range(size)):
+        raise ValueError(f"permutation must be one of 0..{size - 1}; got {order}")
+    return torch.tensor(order, dtype=torch.long)
 
 
 class Permute(Along):
