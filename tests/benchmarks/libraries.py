@@ -59,7 +59,12 @@ def pyroflows(kind: str, dim: int) -> Model:
         elif kind == "nsf":
             steps.append(
                 transforms.spline_coupling(
-                    dim, hidden_dims=HIDDEN, count_bins=BINS, bound=BOUND, mask=mask
+                    dim,
+                    hidden_dims=HIDDEN,
+                    count_bins=BINS,
+                    bound=BOUND,
+                    order="quadratic",
+                    mask=mask,
                 )
             )
         else:

@@ -1,0 +1,188 @@
+"""A ReLU perceptron as one differentiable operation, with oneDNN's matrix products where faster.
+
+PyTorch multiplies float32 matrices with MKL, which leaves half of some processors unused (AVX-512
+on AMD's); oneDNN does not, and PyTorch's compiler reaches it by the operator
+``mkldnn::_linear_pointwise``. Where that operator is absent, disagrees with the plain product or
+does not apply (other devices and dtypes, small products), the plain product is used.
+
+The gradient is written out. Second derivatives, batches of gradients, torch.func transforms,
+forward-mode differentiation, torch.compile and autocast go by the plain formula.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.numerics import functorch_active
+
+__all__ = ["perceptron"]
+
+Layers = Sequence[tuple[Tensor, Tensor]]
+
+_WORTH_IT = 1 << 18  # multiply-adds from which oneDNN is faster than the shorter way to MKL
+
+
+def perceptron(
+    x: Tensor, layers: Layers, shift: Tensor | None = None, *, feature_major: bool = False
+) -> Tensor:
+    r"""Return the last of :math:`h_l W_l + b_l`, where :math:`h_1 = x`.
+
+    .. math:: h_{l+1} = \max(0, h_l W_l + b_l)
+
+    Args:
+        x: Shape ``(batch, inputs)``.
+        layers: ``(weight, bias)`` of two layers or more, ``(inputs, outputs)`` and ``(outputs,)``.
+        shift: Added to the first layer, ``(batch, outputs)`` or ``(outputs,)``; None for nothing.
+        feature_major: Whether to return the transpose, ``(outputs, batch)``.
+
+    Returns:
+        Shape ``(batch, outputs)``, or its transpose.
+    """
+    weights, biases = zip(*layers, strict=True)
+    if _applies(x) and all(w.dtype == x.dtype for w in weights):
+        return _Perceptron.apply(x, shift, feature_major, *weights, *biases)
+    return _plain(x, shift, feature_major, weights, biases)
+
+
+def _applies(tensor: Tensor) -> bool:
+    """Tell whether nothing but plain autograd is looking on."""
+    return (
+        not torch.compiler.is_compiling()
+        and not functorch_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # is_grads_batched=True
+        and not torch.is_autocast_enabled(tensor.device.type)
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _plain(
+    x: Tensor,
+    shift: Tensor | None,
+    feature_major: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    h = torch.addmm(biases[0], x, weights[0])
+    h = (h if shift is None else h + shift).relu()
+    for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+        h = torch.addmm(bias, h, weight).relu()
+    if feature_major:
+        return torch.addmm(biases[-1].unsqueeze(-1), weights[-1].t(), h.t())
+    return torch.addmm(biases[-1], h, weights[-1])
+
+
+class _Perceptron(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor | None, feature_major: bool, *parameters: Tensor
+    ) -> Tensor:
+        n = len(parameters) // 2
+        weights, biases = parameters[:n], parameters[n:]
+        h = x.contiguous()
+        hidden = []
+        for i in range(n - 1):
+            h = _affine(h, weights[i], biases[i])
+            if i == 0 and shift is not None:
+                h += shift
+            hidden.append(h.relu_())  # oneDNN could do it on the way, but turns NaN into 0
+        ctx.feature_major = feature_major
+        ctx.save_for_backward(x, shift, *parameters, *hidden)
+        if feature_major:
+            return _product(weights[-1].t(), h.t()).add_(biases[-1].unsqueeze(-1))
+        return _affine(h, weights[-1], biases[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, *saved = ctx.saved_tensors
+        n = (len(saved) + 1) // 3
+        weights, biases, hidden = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled() or not _applies(grad):
+            return _by_autograd(x, shift, ctx.feature_major, weights, biases, needs, grad)
+        grad = grad.contiguous()
+        if ctx.feature_major:
+            grad = grad.t()
+        to_weights: list[Tensor | None] = [None] * n
+        to_biases: list[Tensor | None] = [None] * n
+        for i in reversed(range(n)):
+            below = hidden[i - 1] if i else x.contiguous()
+            if needs[3 + i]:
+                to_weights[i] = _product(below.t(), grad)
+            if needs[3 + n + i]:
+                to_biases[i] = grad.sum(0)
+            if i:
+                grad = _product(grad, weights[i].t())
+                # in place: a second array of this size would have to come through the caches
+                torch.ops.aten.threshold_backward.grad_input(grad, below, 0, grad_input=grad)
+        to_x = _product(grad, weights[0].t()) if needs[0] else None
+        to_shift = None
+        if shift is not None and needs[1]:
+            to_shift = grad if shift.dim() == 2 else grad.sum(0)
+        return to_x, to_shift, None, *to_weights, *to_biases
+
+
+def _by_autograd(
+    x: Tensor,
+    shift: Tensor | None,
+    feature_major: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    inputs = [x, shift, None, *weights, *biases]
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = _plain(x, shift, feature_major, weights, biases)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+# --------------------------------------------------------------------------------------- products
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return x W + b; x is contiguous."""
+    if _by_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
+    return torch.addmm(bias, x, weight)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return A B; each is contiguous or the transpose of what is: other layouts are slow."""
+    if _by_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b)
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.shape[0] * b.shape[0] * b.shape[1] >= _WORTH_IT
+        and a.dtype == torch.float32
+        and a.device.type == b.device.type == "cpu"
+        and _onednn_works()
+    )
+
+
+@functools.cache
+def _onednn_works() -> bool:
+    """Try the operator once, on the layouts it is used with."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4) - 5
+    expected = a @ b
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        found = [
+            operator(a, b.t(), torch.ones(4), "none", [], ""),
+            operator(a, b.t().contiguous(), None, "none", [], ""),
+            operator(a.t().contiguous().t(), b.t(), None, "none", [], ""),
+        ]
+    except (AttributeError, RuntimeError):
+        return False
+    wanted = [expected + 1, expected, expected]
+    return all(torch.allclose(f, w) for f, w in zip(found, wanted, strict=True))
