@@ -47,12 +47,14 @@ def find_step(values: np.ndarray) -> tuple[float | None, np.ndarray]:
     for step in sorted({*steps, float(gap.min()), *([1.0] if whole else [])}, reverse=True):
         if step <= 0 or span / step > 2**40:
             continue
-        anchor = level[int(np.argmax(count))]
-        place = (level - anchor) / step
         tolerance = 1e-4 + 4 * np.finfo(float).eps * np.abs(level).max() / step
         if tolerance > 0.1:
             continue
-        off = np.abs(place - np.round(place)) > tolerance
+        # A cap may be the most frequent value: try a few as the anchor.
+        anchors = level[[int(np.argmax(count)), 0, len(level) // 3, len(level) // 2]]
+        places = (level - anchors[:, None]) / step
+        miss = np.abs(places - np.round(places)) > tolerance
+        off = miss[int(np.argmin((miss * count).sum(1)))]
         if off.sum() <= min(8, 0.02 * len(level)) and count[off].sum() <= 0.06 * len(values):
             good = off.sum() <= 3 or count[off].min() >= 5
             levels = len(level) - off.sum()
@@ -79,7 +81,7 @@ class Column:
         atoms: Values of their own probability (caps, zeros) in a column that is otherwise continuous.
         missing: Share of missing cells.
         origin: Integer that stands for zero (datetimes).
-        unit: Seconds per integer (datetimes).
+        per_second: Integers per second (datetimes).
     """
 
     name: Any
@@ -94,7 +96,7 @@ class Column:
     atoms: list[float] = dataclasses.field(default_factory=list)
     missing: float = 0.0
     origin: int = 0
-    unit: float = 1.0
+    per_second: int = 1
 
     @property
     def is_label(self) -> bool:
@@ -123,12 +125,12 @@ class Column:
             values = series.dropna()
             levels = sorted({_plain(v) for v in values}, key=lambda v: (str(type(v)), v))
             return cls(kind="categorical", levels=levels, **base)
-        origin, unit = 0, 1.0
+        origin, per_second = 0, 1
         if stamps:
             whole = series.dropna().astype("int64")
             origin = int(whole.min()) if len(whole) else 0
-            unit = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[_unit(dtype)]
-        out = cls(kind="datetime" if stamps else "numeric", origin=origin, unit=unit, **base)
+            per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[_unit(dtype)]
+        out = cls(kind="datetime" if stamps else "numeric", origin=origin, per_second=per_second, **base)
         values = out.encode(series)
         values = values[~np.isnan(values)]
         if np.isinf(values).any():
@@ -179,7 +181,7 @@ class Column:
                 raise ValueError(f"column {self.name!r} was {self.dtype} in fitting; got {series.dtype}") from error
             out = np.full(len(series), np.nan)
             good = whole.notna().to_numpy()
-            out[good] = (whole[good].astype("int64").to_numpy() - self.origin) * self.unit
+            out[good] = (whole[good].astype("int64").to_numpy() - self.origin) / self.per_second
             return out
         try:
             x = series.to_numpy(dtype=float, na_value=np.nan)
@@ -201,7 +203,7 @@ class Column:
         if self.is_label:
             code = np.where(gone, -1, np.nan_to_num(values)).astype(int)
             if self.dtype.startswith("category:"):
-                levels = pd.Index(self.levels, dtype=self.dtype[9:]) if self.levels else pd.Index([], dtype="object")
+                levels = pd.Index(self.levels, dtype=self.dtype[9:])
                 return pd.Series(pd.Categorical.from_codes(code, levels, ordered=self.ordered), name=self.name)
             if self.kind == "categorical":
                 labels = np.array([*self.levels, None], dtype=object)[code]
@@ -209,7 +211,9 @@ class Column:
                 return series if self.dtype == "bool" and gone.any() else series.astype(self.dtype)
             values = np.array([*self.levels, np.nan], float)[code]
         if self.kind == "datetime":
-            whole = np.round(np.nan_to_num(values) / self.unit).astype("int64") + self.origin
+            second = np.floor(np.nan_to_num(values))
+            part = np.round((np.nan_to_num(values) - second) * self.per_second).astype("int64")
+            whole = second.astype("int64") * self.per_second + part + self.origin
             naive = self.dtype.split("[")[0] + "[" + _unit(self.dtype) + "]"
             series = pd.Series(whole.view(naive), name=self.name).mask(gone)
             if "," in self.dtype:
@@ -224,6 +228,19 @@ class Column:
                 return series  # a NumPy integer cannot be missing
             return series.astype("Int64").astype(dtype) if gone.any() else series.astype(dtype)
         return series.astype(dtype)
+
+    def parse(self, text: str) -> Any:
+        """A cell written as text, e.g. on a command line."""
+        if self.kind == "categorical":
+            for level in self.levels:
+                if str(level) == text:
+                    return level
+            raise ValueError(f"column {self.name!r} has no label {text!r}; it has {self.levels}")
+        if self.kind == "datetime":
+            import pandas as pd
+
+            return pd.Timestamp(text)
+        return float(text)
 
     def describe(self) -> str:
         """One line on how the column is modelled."""
@@ -352,14 +369,14 @@ def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:
 
     if isinstance(x, pd.DataFrame):
         return x
+    if hasattr(x, "toarray"):
+        raise TypeError("Sparse data was passed, but dense data is required; use .toarray()")
     if isinstance(x, pd.Series):
         return x.to_frame()
     if isinstance(x, Mapping):
         return pd.DataFrame(x)
     if hasattr(x, "to_pandas"):  # polars, pyarrow
         return x.to_pandas()
-    if hasattr(x, "toarray"):
-        raise TypeError("Sparse data was passed, but dense data is required; use .toarray()")
     if hasattr(x, "detach"):
         x = x.detach().cpu().numpy()
     array = np.asarray(x)

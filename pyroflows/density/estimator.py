@@ -18,6 +18,7 @@ from pyroflows.density import files
 from pyroflows.density.columns import cells_for
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
+from pyroflows.density.streaming import TableFile, shards_of
 from pyroflows.density.training import column_scores, default_settings, fit_mixture, plan, stack, train
 from pyroflows.tables import Schema, as_frame
 
@@ -83,7 +84,7 @@ class DensityEstimator:
         given: Sequence[Any] | None = None,
         schema: Mapping[Any, Mapping[str, Any]] | None = None,
         missing: str = "ignore",
-        max_time: float = 100.0,
+        max_time: float = 90.0,
         max_steps: int | None = None,
         members: int | None = None,
         hidden_dim: int | None = None,
@@ -177,6 +178,9 @@ class DensityEstimator:
             x = pd.DataFrame({k: [v] for k, v in x.items()}) if one else pd.DataFrame(x)
         frame = as_frame(x, self.schema_.names)
         names = [c.name for c in self.schema_]
+        if named and (self.target is not None or self.given is not None):  # the rest of a table is not our concern
+            keep = [c for c in names if c in frame.columns]
+            frame = frame[keep] if partial or len(keep) == len(names) else frame
         if not named and frame.shape[1] != len(names):
             raise ValueError(
                 f"X has {frame.shape[1]} features, but {type(self).__name__} is expecting {len(names)} features as input"
@@ -258,6 +262,38 @@ class DensityEstimator:
             self.feature_names_in_ = np.array(used, dtype=object)
         values = torch.from_numpy(self.schema_.encode(frame[used]))
         return self._fit_values(values, torch.from_numpy(weight), [used.index(g) for g in given])
+
+    def fit_file(self, path: Any, *, in_memory: int = 1_000_000, sample_rows: int = 200_000) -> DensityEstimator:
+        """Fit a CSV or Parquet file (or a folder of them), streaming it if it has more rows than ``in_memory``.
+
+        The schema, scales and held-out rows then come from a random sample; training rows stream in shuffled chunks, row groups in random order.
+
+        Args:
+            path: The file or folder.
+            in_memory: Rows up to which the table is simply read.
+            sample_rows: Size of the sample.
+        """
+        file = TableFile(path)
+        total = file.count()
+        if total <= in_memory:
+            return self.fit(file.read())
+        rng = np.random.default_rng(self._seed())
+        frame = file.sample(sample_rows, rng)
+        targets, given = self._roles(list(frame.columns))
+        used = [c for c in frame.columns if c in {*targets, *given}]
+        file.columns, frame = used, frame[used]
+        self._forget()
+        self.schema_ = Schema.from_frame(frame, self.schema)
+        self.n_features_in_, self.feature_names_in_ = len(used), np.array(used, dtype=object)
+        values = torch.from_numpy(self.schema_.encode(frame))
+        rank, world = _rank()
+        return self._fit_values(
+            values,
+            torch.ones(len(values), dtype=torch.float64),
+            [used.index(g) for g in given],
+            shards=shards_of(file, self.schema_, np.random.default_rng(self._seed()), rank, world),
+            total=total,
+        )
 
     def _forget(self) -> None:
         for name in ("feature_names_in_", "model_", "schema_", "history_"):
@@ -405,6 +441,15 @@ class DensityEstimator:
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-density of the rows."""
         return float(np.mean(self.score_samples(X)))
+
+    def log_marginal(self, X: Any) -> np.ndarray:
+        """Log-density of the cells that are there, shape (rows,); columns may be absent, whatever ``missing`` says."""
+        values = self._given_or_all(X)
+        return self._ready().log_prob(values, draws=self.draws, generator=torch.Generator().manual_seed(0)).numpy()
+
+    def _given_or_all(self, X: Any) -> Tensor:
+        self._ready()
+        return torch.from_numpy(self.schema_.encode(self._frame(X, partial=True), partial=True))
 
     def predict_outliers(self, X: Any, contamination: float = 0.01) -> np.ndarray:
         """True for rows less likely than the share ``contamination`` of held-out rows of the fit, shape (rows,)."""

@@ -194,7 +194,7 @@ class TableModel(nn.Module):
             which = [t for t in range(t_count) if self.place[t][0] == kind]
             if not which:
                 continue
-            o = out[kind].reshape(self.members * len(which), n, -1)
+            o = out[kind]
             cell = rows.cell[which].clamp_min(0).repeat(self.members, 1)
             inside, upper, width, offset = (p[which].repeat(self.members, 1) for p in rows.parts)
             if kind:
