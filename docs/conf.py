@@ -1,9 +1,11 @@
-import importlib.metadata
+import re
+
+import pyroflows
 
 project = "pyroflows"
 author = "The pyroflows contributors"
 copyright = "2026, The pyroflows contributors"
-release = importlib.metadata.version("pyroflows")
+release = pyroflows.__version__
 
 extensions = [
     "myst_parser",
@@ -25,3 +27,21 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"pyroflows {release}"
+
+
+def escape_bars(app, what, name, obj, options, lines):
+    """|s| and log|det J| in docstrings are absolute values, not reST substitutions."""
+    math_indent = None
+    for i, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if math_indent is not None and (not line.strip() or indent > math_indent):
+            continue
+        math_indent = indent if line.lstrip().startswith(".. math::") else None
+        if math_indent is None:
+            parts = re.split(r"(`+[^`]*`+)", line)
+            parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+            lines[i] = "".join(parts)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape_bars, priority=900)
