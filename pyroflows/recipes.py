@@ -25,6 +25,8 @@ from pyroflows.transforms.coupling import (
     spline_coupling,
 )
 from pyroflows.transforms.elementwise import elementwise_affine, elementwise_scale
+from pyroflows.transforms.linear import linear
+from pyroflows.transforms.normalization import actnorm
 
 __all__ = ["glow", "glow_step", "iaf", "maf", "neural_spline", "nice", "realnvp"]
 
@@ -129,12 +131,11 @@ def glow_step(
     References:
         Kingma, Dhariwal (2018), Glow, section 3. arXiv:1807.03039
     """
-    from pyroflows.transforms.linear import linear
-    from pyroflows.transforms.normalization import actnorm
-
     hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
     move = affine_coupling(input_dim, hidden_dims, context_dim=context_dim, **network)
-    return Compose([move, linear(input_dim), actnorm(input_dim)])
+    # what one step keeps the next one moves, before the linear map has learned anything
+    mix = linear(input_dim, permutation=torch.arange(input_dim).flip(0))
+    return Compose([move, mix, actnorm(input_dim)])
 
 
 def glow(
