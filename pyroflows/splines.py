@@ -472,13 +472,12 @@ class _Map(torch.autograd.Function):
         z, params, bins, index = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         if create_graph or _is_batched(g_out) or _is_batched(g_log):
+            wanted = [t for t in (z, params) if t.requires_grad]
             with torch.enable_grad():
-                leaves = [
-                    t if t.requires_grad else t.detach().requires_grad_() for t in (z, params)
-                ]
-                out = ctx.spline._reference(*leaves, inverse=ctx.inverse)
-                g = torch.autograd.grad(out, leaves, (g_out, g_log), create_graph=create_graph)
-                return None, None, *g
+                out = ctx.spline._reference(z, params, inverse=ctx.inverse)
+                g = torch.autograd.grad(out, wanted, (g_out, g_log), create_graph=create_graph)
+            gradients = iter(g)
+            return None, None, *(next(gradients) if t.requires_grad else None for t in (z, params))
         layout = _Layout(params)
         kernel = partial(_gradient_rows, ctx.spline, ctx.inverse)
         columns = (layout.flatten(t) for t in (z, g_out, g_log))
@@ -499,11 +498,9 @@ class _Layout:
         stride = params.stride()[1:]
         order = sorted(range(len(stride)), key=lambda i: -stride[i])
         self.in_order = params.is_contiguous() or order == sorted(order)
-        self.order = order
-        self.back = sorted(range(len(order)), key=order.__getitem__)
-        self.shape = [params.shape[i + 1] for i in order]
-        if self.in_order:
-            self.shape = params.shape[1:]
+        self.order = sorted(order) if self.in_order else order
+        self.back = sorted(range(len(order)), key=self.order.__getitem__)
+        self.shape = [params.shape[i + 1] for i in self.order]
 
     def flatten(self, z: Tensor) -> Tensor:
         """(N,) from a tensor of the logical shape."""
@@ -518,7 +515,7 @@ class _Layout:
     def restore(self, flat: Tensor) -> Tensor:
         """The logical shape from (N,) or (num_params, N)."""
         lead = flat.shape[:-1]
-        full = flat.view(*lead, *self.shape)
+        full = flat.view((*lead, *self.shape))
         if self.in_order:
             return full
         return full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
