@@ -133,7 +133,7 @@ def fit(
     num_steps = num_epochs * (n // batch_size)
     parameters = [p for p in flow.parameters() if p.requires_grad]
     optimizer = make_adam(parameters, lr, weight_decay=weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warmup_cosine(i, num_steps))
+    step = 0
     history, best = History(), _Best(flow)
     bar = tqdm(range(num_epochs), desc="fit", unit="epoch", disable=not progress)
     devices = [like.device] if like.device.type == "cuda" else []
@@ -149,8 +149,9 @@ def fit(
                     flow.train()
                 losses = []
                 for batch in _minibatches(train, batch_size, generator):
+                    optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, num_steps)
+                    step += 1
                     loss = _step(flow, batch, optimizer, parameters, clip_norm)
-                    scheduler.step()
                     if loss is None:
                         history.skipped_steps += 1
                     else:
