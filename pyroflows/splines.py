@@ -547,12 +547,12 @@ def _map_rows(
     torch.softmax(params[: 2 * K].unflatten(0, (2, K)), 1, out=probs)
     tables[:, ::K] = 0
     if K > 1:
-        if z.device.type == "cpu":
-            c, p = tables[:2].unbind(1), probs.unbind(1)
-            for k in range(1, K):  # a third of the time of torch.cumsum
-                torch.add(c[k - 1], p[k - 1], out=c[k])
-        else:
+        if z.is_cuda:  # few launches
             torch.cumsum(probs[:, : K - 1], 1, out=tables[:2, 1:K])
+        else:  # a third of the time of torch.cumsum on the CPU
+            c, p = tables[:2].unbind(1), probs.unbind(1)
+            for k in range(1, K):
+                torch.add(c[k - 1], p[k - 1], out=c[k])
         tables[2, 1:K] = params[2 * K : 3 * K - 1]
     knots = tables[:2]
     torch.add(spline._even(z)[:, None], knots, alpha=spline._spread, out=knots)
