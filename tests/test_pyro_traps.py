@@ -57,6 +57,8 @@ def test_log_prob_after_a_step_is_the_new_density(name, context_dim, through_dat
     log_prob = d.log_prob(y)
     if log_prob.requires_grad:
         log_prob.sum().backward()
+    elif through_data:
+        pytest.skip("without a backward pass, writing through .data leaves no trace")
     for p in t.parameters():
         if through_data:
             p.data.add_(0.05)
