@@ -62,7 +62,7 @@ class AutoFlow(AutoContinuous):
         model: Callable,
         *,
         flow: Callable[[int], Any] | str | None = None,
-        init_loc_fn: Callable = init_to_median,
+        init_loc_fn: Callable = init_to_median(num_samples=101),
         init_scale: float = 0.1,
         full_rank: bool | None = None,
         create_plates: Callable | None = None,

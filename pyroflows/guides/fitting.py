@@ -243,7 +243,12 @@ def _train(
 ) -> None:
     packed, transport, base = parameters[0], guide._modules["transport"], guide.get_base_dist()
     points = _BasePoints(num_particles, density.dim, transport.loc)
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99), fused=True)
+    # The flow's own parameters at their own rate: one leaf for them, one for the triangular map.
+    cut = len(transport.parts)
+    theta, affine = (part.detach().clone().requires_grad_() for part in packed.split([cut, len(packed) - cut]))
+    leaves = [theta, affine, *parameters[1:]]
+    rates = [lr / transport.flow_rate, *[lr] * (len(leaves) - 1)]
+    optimizer = torch.optim.Adam([{"params": [p]} for p in leaves], betas=(0.9, 0.99), fused=True)
     clip = GradientClipper()
     most = (50_000 - result.num_gradients) // num_particles if num_steps is None else num_steps
     schedule = Schedule(max(most, 1), window=60 if num_steps is None else 0)
@@ -252,9 +257,10 @@ def _train(
         if factor == 0.0:
             break
         z = points.draw()
-        v, _ = transport.from_base(packed, z)
+        vector = torch.cat([theta, affine])
+        v, _ = transport.from_base(vector, z)
         v_leaf = v.detach().requires_grad_()
-        z_back, log_det = transport.to_base(packed.detach(), v_leaf)
+        z_back, log_det = transport.to_base(vector.detach(), v_leaf)
         log_weight = density(transport.loc + transport.spread(v_leaf)) - base.log_prob(z_back) - log_det
         optimizer.zero_grad()
         log_weight.sum().backward()
@@ -266,14 +272,16 @@ def _train(
         result.losses.append(loss)
         if count:
             v.backward(torch.where(ok[:, None], -grad, 0.0) / count)
-            for p in parameters[1:]:
+            for p in leaves[2:]:
                 if p.grad is not None:
                     p.grad.div_(-num_particles)
         schedule.see(result.losses)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        if count and clip(parameters):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        if count and clip(leaves):
             optimizer.step()
+            with torch.no_grad():
+                torch.cat([theta, affine], out=packed)
         if progress and (step + 1) % 50 == 0:
             window = [x for x in result.losses[-50:] if math.isfinite(x)]
             print(f"step {step + 1}: ELBO {-sum(window) / max(1, len(window)):.3f}", flush=True)

@@ -82,7 +82,7 @@ def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins
     """
     scalar = Chain(RationalQuadratic(count_bins, bound=5.0), Affine(5.0))
     if latent_dim == 1:
-        return Elementwise(scalar, Free(scalar.num_params, 1))
+        return Elementwise(scalar, Free(scalar.num_params, 1), [1])
     if num_layers is None:
         num_layers = next((n for n in (4, 6) if math.comb(n, n // 2) >= latent_dim), 8)
     width = max(16, min(64, 4 * latent_dim))
@@ -154,8 +154,11 @@ class Transport(Bijection):
         full_rank: Whether W and A are triangular matrices, or diagonal.
 
     Attributes:
-        initial: Initial value of the trainable vector: the flow's parameters, b, log diag A, the rest of A.
+        initial: Initial value of the trainable vector: the flow's parameters divided by ``flow_rate``, b, log diag A,
+            the rest of A. A rate good for b is far too large for weights, many of which move one output.
     """
+
+    flow_rate = 0.03  #: what an optimizer's step in the vector is worth in the flow's own parameters
 
     loc: Tensor
     scale: Tensor
@@ -171,7 +174,9 @@ class Transport(Bijection):
         rows, cols = torch.tril_indices(D, D, -1) if full_rank else torch.zeros(2, 0, dtype=torch.long)
         self.register_buffer("below", (rows * D + cols).to(loc.device), persistent=False)
         zeros, log_diag = torch.zeros_like(loc), torch.full_like(loc, math.log(init_scale))
-        self.initial = torch.cat([self.parts.initial.to(loc), zeros, log_diag, loc.new_zeros(len(rows))])
+        self.initial = torch.cat(
+            [self.parts.initial.to(loc) / self.flow_rate, zeros, log_diag, loc.new_zeros(len(rows))]
+        )
 
     def whiten(self, loc: Tensor, scale: Tensor) -> None:
         """Set the buffers to a Gaussian; ``scale`` is ``(D, D)`` lower triangular, or ``(D,)``."""
@@ -189,7 +194,8 @@ class Transport(Bijection):
 
     def _split(self, vector: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         D = len(self.loc)
-        return vector.split([len(self.parts), D, D, len(self.below)])
+        theta, b, log_diag, rest = vector.split([len(self.parts), D, D, len(self.below)])
+        return self.flow_rate * theta, b, log_diag, rest
 
     def _triangle(self, log_diag: Tensor, rest: Tensor) -> Tensor:
         D = len(self.loc)
