@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyroflows.perceptron import perceptron
+
 __all__ = ["Conv", "Dense", "Free", "Masked", "SequentialPass", "default_hidden_dims"]
 
 Activation = Callable[[], nn.Module]
@@ -97,27 +99,40 @@ class _Conditioner(nn.Module):
         batch = x.shape[:-1]
         if len(batch) != 1:
             x = x.reshape(batch.numel(), x.shape[-1])
+        shift = None
+        if from_context is not None:
+            shift = self._spread(context @ from_context, batch)
+        narrow = self.num_params < _FEATURE_MAJOR_FROM
+        if type(self.act) is nn.ReLU and not self.residual:
+            theta = perceptron(x, layers, shift, feature_major=not narrow)
+        else:
+            h, (weight, bias) = self._hidden(x, layers, shift), layers[-1]
+            if narrow:
+                theta = torch.addmm(bias, h, weight)
+            else:
+                theta = torch.addmm(bias.unsqueeze(-1), weight.t(), h.t())
+        if not narrow:
+            return theta.view(self.num_params, self.out_features, *batch).movedim(1, -1)
+        params = theta.split(self.out_features, -1)
+        if len(batch) == 1:
+            return params
+        return tuple(p.view(*batch, self.out_features) for p in params)
+
+    def _hidden(
+        self, x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], shift: Tensor | None
+    ) -> Tensor:
+        """All but the last layer, ``(batch, in_features)`` to ``(batch, width)``."""
         weight, bias = layers[0]
         h = torch.addmm(bias, x, weight)
-        if from_context is not None:
-            h = h + self._spread(context @ from_context, batch)
-        if self.residual:
-            for (w1, b1), (w2, b2) in zip(layers[1:-1:2], layers[2:-1:2], strict=True):
-                h = h + torch.addmm(b2, self.act(torch.addmm(b1, self.act(h), w1)), w2)
-            h = self.act(h)
-        else:
-            act = torch.relu_ if type(self.act) is nn.ReLU else self.act  # nothing else reads h
-            h = act(h)
+        if shift is not None:
+            h = h + shift
+        if not self.residual:
             for weight, bias in layers[1:-1]:
-                h = act(torch.addmm(bias, h, weight))
-        weight, bias = layers[-1]
-        if self.num_params < _FEATURE_MAJOR_FROM:
-            params = torch.addmm(bias, h, weight).split(self.out_features, -1)
-            if len(batch) == 1:
-                return params
-            return tuple(p.view(*batch, self.out_features) for p in params)
-        theta = torch.addmm(bias.unsqueeze(-1), weight.t(), h.t())
-        return theta.view(self.num_params, self.out_features, *batch).movedim(1, -1)
+                h = torch.addmm(bias, self.act(h), weight)
+            return self.act(h)
+        for (w1, b1), (w2, b2) in zip(layers[1:-1:2], layers[2:-1:2], strict=True):
+            h = h + torch.addmm(b2, self.act(torch.addmm(b1, self.act(h), w1)), w2)
+        return self.act(h)
 
     @staticmethod
     def _spread(shift: Tensor, batch: torch.Size) -> Tensor:
