@@ -38,7 +38,7 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks --out docs/benchmark-results.md
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -b html docs docs/_build/html
