@@ -513,12 +513,15 @@ class _Layout:
         return params.reshape(params.shape[0], -1)
 
     def restore(self, flat: Tensor) -> Tensor:
-        """The logical shape from (N,) or (num_params, N)."""
+        """Give (N,) or (num_params, N), fresh and contiguous, the logical shape.
+
+        In place: an output that were a view of what lies behind it could not be changed in place by its user.
+        """
         lead = flat.shape[:-1]
         full = flat.view((*lead, *self.shape))
-        if self.in_order:
-            return full
-        return full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
+        if not self.in_order:
+            full = full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
+        return flat.as_strided_(full.shape, full.stride())
 
 
 _CHUNK = 1 << 15  # columns for each thread: the scratch memory of the kernels stays near the core
