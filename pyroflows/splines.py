@@ -140,43 +140,20 @@ class _Spline:
         """
         raise NotImplementedError
 
-    @staticmethod
-    def _ends_gradient(
-        ends: Tensor,
-        xi: Tensor,
-        r: Tensor,
-        *,
-        g_xi: Tensor,
-        g_y: Tensor,
-        g_s: Tensor,
-        inverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the input and of the ends of the bin.
-
-        They follow from ξ = (x - x0) / w, y = y0 + h r and s = log(h / w), given the gradients of
-        ξ, y and s.
-        """
-        w, h = ends[:, 1] - ends[:, 0]
-        g_x = g_xi / w
-        g_ends = torch.empty_like(ends)
-        torch.add(g_x * xi, g_s / w, out=g_ends[0, 1]).neg_()
-        torch.addcmul(g_s / h, g_y, r, out=g_ends[1, 1])
-        torch.add(g_x, g_ends[0, 1], out=g_ends[0, 0]).neg_()
-        torch.sub(g_y, g_ends[1, 1], out=g_ends[1, 0])
-        return (-g_y if inverse else g_x), g_ends
-
 
 @dataclass(frozen=True)
 class RationalQuadratic(_Spline):
     r"""Monotone rational-quadratic spline with linear tails (Durkan et al. 2019, eqs. 4-8).
 
-    With ξ the relative position in the bin, s = h / w its mean slope, δ₀ and δ₁ the slopes at its
-    ends,
+    With ξ and η = 1 - ξ the shares of the bin on both sides of x, s = h / w the mean slope of the
+    bin, and δ₀, δ₁ the slopes at its ends,
 
     .. math::
-        y = y_0 + h\, \frac{s \xi^2 + \delta_0 \xi (1 - \xi)}
-                           {s + (\delta_0 + \delta_1 - 2 s)\, \xi (1 - \xi)}.
+        y = y_0 + h\, \frac{\xi P}{\xi P + \eta Q}, \quad
+        \frac{dy}{dx} = s\, \frac{\xi Q + \eta P}{(\xi P + \eta Q)^2}, \quad
+        P = \xi + \frac{\delta_0}{s} \eta, \quad Q = \eta + \frac{\delta_1}{s} \xi,
 
+    which is the paper's form written with positive terms only.
     Continuously differentiable, with slope 1 at ±bound and beyond; the inverse is in closed form.
     The identity at θ = 0. NaN stays in its element, in value and log-slope; infinities map to
     themselves.
@@ -207,16 +184,17 @@ class RationalQuadratic(_Spline):
         s = h / w
         a0, a1 = torch.exp(soft_bound(raw_slopes, math.log(self.max_slope))) / s
         xi, eta = self._solve((z - y0) / h, a0, a1) if inverse else _shares((z - x0) / w)
-        q = xi * eta
-        den = 1 + (a0 + a1 - 2) * q
-        log_slope = torch.log(s * (a1 * xi * xi + 2 * q + a0 * eta * eta) / (den * den))
+        P, Q = torch.addcmul(xi, a0, eta), torch.addcmul(eta, a1, xi)
+        low = xi * P
+        den = torch.addcmul(low, eta, Q)
+        log_slope = torch.log(s * torch.addcmul(xi * Q, eta, P) / (den * den))
         if inverse:
-            return x0 + w * xi, -log_slope
-        return y0 + h * (xi * (xi + a0 * eta) / den), log_slope
+            return torch.addcmul(x0, w, xi), -log_slope
+        return torch.addcmul(y0, h, low / den), log_slope
 
     @staticmethod
     def _solve(r: Tensor, a0: Tensor, a1: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The relative position ξ and its complement from the relative height r.
+        r"""The shares ξ and η from the relative height r.
 
         With :math:`\delta = a_0 (1 - r) - a_1 r` the discriminant is
         :math:`\delta^2 + 4 r (1 - r)`, a sum of two terms that are not negative. With
@@ -243,35 +221,37 @@ class RationalQuadratic(_Spline):
         inverse: bool,
     ) -> tuple[Tensor, ...]:
         x0, y0 = ends[:, 0]
-        w, h = ends[:, 1] - ends[:, 0]
+        w, h = size = ends[:, 1] - ends[:, 0]
         a, a_slope = _exp_soft_bound(raw_slopes, math.log(self.max_slope))
-        a *= w / h
-        xi, eta = self._solve((z - y0) / h, *a) if inverse else _shares((z - x0) / w)
-        # r = ξ (ξ + a0 η) / den and dr/dξ = top / den², functions of ξ, a0 and a1
-        shares = torch.stack([eta, xi])
-        a_shares = a * shares
-        q, tilt, excess = xi * eta, eta - xi, a.sum(0) - 2
-        over_den = torch.reciprocal(1 + excess * q)
-        over_top = torch.reciprocal((a_shares * shares).sum(0) + 2 * q)
-        r = xi * (xi + a_shares[0]) * over_den
-        y_xi = h * over_den * over_den / over_top
-        log_xi = 2 * ((a_shares[1] - a_shares[0] + tilt) * over_top - excess * tilt * over_den)
+        a0, a1 = a.mul_(w / h)
+        xi, eta = self._solve((z - y0) / h, a0, a1) if inverse else _shares((z - x0) / w)
+        P, Q = torch.addcmul(xi, a0, eta), torch.addcmul(eta, a1, xi)
+        low, high = xi * P, eta * Q
+        over_den = torch.reciprocal(low + high)
+        top = torch.addcmul(xi * Q, eta, P)
+        r, rest = low * over_den, high * over_den
+        y_xi = h * over_den * over_den * top
+        # dtop/dξ = 2 (Q - P) and dden/dξ = (a0 + a1 - 2) (η - ξ)
+        over_top = torch.reciprocal(top)
+        log_xi = (Q - P) * over_top - (a0 + a1 - 2) * (eta - xi) * over_den
         if inverse:
             g_log = -g_log
             g_xi = -w * g_out
-            g_y = (g_xi - g_log * log_xi) / y_xi
+            g_y = torch.addcmul(g_xi, g_log, log_xi, value=-2) / y_xi
         else:
             g_y = g_out
-            g_xi = torch.addcmul(g_log * log_xi, g_y, y_xi)
-        q *= over_den
-        rise = g_y * h * q
-        g_a = torch.addcmul(-2 * q * g_log - rise * r, g_log * over_top, shares * shares)
-        g_a[0] += rise
-        g_a *= a  # now of log a0 and log a1, from which log s is subtracted
-        g_z, g_ends = self._ends_gradient(
-            ends, xi, r, g_xi=g_xi, g_y=g_y, g_s=g_log - g_a.sum(0), inverse=inverse
+            g_xi = torch.addcmul(g_y * y_xi, g_log, log_xi, value=2)
+        # dr/da0 = q (1 - r), dr/da1 = -q r with q = ξ η / den; of the logarithms of a0 and a1
+        q = xi * eta * over_den
+        level, rise, fall = g_log * over_top, g_y * h * q, -2 * g_log * q
+        g_a = torch.empty_like(a)
+        torch.addcmul(torch.addcmul(fall, rise, rest), level * eta, eta, out=g_a[0])
+        torch.addcmul(torch.addcmul(fall, rise, r, value=-1), level * xi, xi, out=g_a[1])
+        g_a *= a
+        g_z, g_ends = _ends_gradient(
+            size, xi, r, g_xi=g_xi, g_y=g_y, g_s=g_log - g_a.sum(0), inverse=inverse
         )
-        return g_z, g_ends, g_a * a_slope
+        return g_z, g_ends, g_a.mul_(a_slope)
 
 
 @dataclass(frozen=True)
@@ -367,7 +347,7 @@ class LinearRational(_Spline):
         inverse: bool,
     ) -> tuple[Tensor, ...]:
         x0, y0 = ends[:, 0]
-        w, h = ends[:, 1] - ends[:, 0]
+        w, h = size = ends[:, 1] - ends[:, 0]
         root, root_slope = _exp_soft_bound(raw_slopes, math.log(self.max_slope), 0.5)
         sigma = torch.sigmoid(raw_bin[0])
         lam = self.min_lambda + (1 - 2 * self.min_lambda) * sigma
@@ -398,8 +378,8 @@ class LinearRational(_Spline):
         g_root[0] += g_e * left
         g_root[1] += g_e * (1 - left)
         g_lam = g_m * (root[0] - root[1]) + sign * (g_rise - g_v * v) / share
-        g_z, g_ends = self._ends_gradient(
-            ends,
+        g_z, g_ends = _ends_gradient(
+            size,
             torch.lerp(1 - xi, xi, left),
             torch.lerp(1 - r, r, left),
             g_xi=sign * g_v / share,
@@ -415,6 +395,31 @@ def _shares(xi: Tensor) -> tuple[Tensor, Tensor]:
     """A relative position, kept in [0, 1] against rounding, and its complement."""
     xi = xi.clamp(0, 1)
     return xi, 1 - xi
+
+
+def _ends_gradient(
+    size: Tensor,
+    xi: Tensor,
+    r: Tensor,
+    *,
+    g_xi: Tensor,
+    g_y: Tensor,
+    g_s: Tensor,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and of the ends of the bin, whose width and height are ``size``.
+
+    They follow from ξ = (x - x0) / w, y = y0 + h r and s = log(h / w), given the gradients of ξ, y
+    and s.
+    """
+    w, h = size
+    g_x = g_xi / w
+    g_ends = g_x.new_empty(2, 2, *g_x.shape)
+    torch.add(g_x * xi, g_s / w, out=g_ends[0, 1]).neg_()
+    torch.addcmul(g_s / h, g_y, r, out=g_ends[1, 1])
+    torch.add(g_x, g_ends[0, 1], out=g_ends[0, 0]).neg_()
+    torch.sub(g_y, g_ends[1, 1], out=g_ends[1, 0])
+    return (-g_y if inverse else g_x), g_ends
 
 
 def _exp_soft_bound(raw: Tensor, bound: float, power: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -513,15 +518,12 @@ class _Layout:
         return params.reshape(params.shape[0], -1)
 
     def restore(self, flat: Tensor) -> Tensor:
-        """Give (N,) or (num_params, N), fresh and contiguous, the logical shape.
-
-        In place: an output that were a view of what lies behind it could not be changed in place by its user.
-        """
+        """The logical shape from (N,) or (num_params, N)."""
         lead = flat.shape[:-1]
         full = flat.view((*lead, *self.shape))
-        if not self.in_order:
-            full = full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
-        return flat.as_strided_(full.shape, full.stride())
+        if self.in_order:
+            return full
+        return full.permute(*range(len(lead)), *(i + len(lead) for i in self.back))
 
 
 _CHUNK = 1 << 15  # columns for each thread: the scratch memory of the kernels stays near the core
