@@ -613,10 +613,12 @@ class DensityEstimator:
         return frame
 
     def interval(self, given: Any, coverage: float = 0.9, **options: Any) -> pd.DataFrame:
-        """Central prediction intervals: columns (target, q) for the two ends; options as for :meth:`quantile`."""
+        """Central prediction intervals, columns (target, "lower") and (target, "upper"); options as for :meth:`quantile`."""
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie in (0, 1); got {coverage}")
-        return self.quantile(given, [(1 - coverage) / 2, (1 + coverage) / 2], **options)
+        out = self.quantile(given, [(1 - coverage) / 2, (1 + coverage) / 2], **options)
+        names = [(name, side) for name in out.columns.get_level_values(0).unique() for side in ("lower", "upper")]
+        return out.set_axis(type(out.columns).from_tuples(names, names=["column", "end"]), axis=1)
 
     def mean(self, given: Any, *, draws: int = 1024, random_state: Any = None) -> pd.DataFrame:
         """Means of the number targets given the rest of each row: averages of quantiles if exact, of samples otherwise."""

@@ -272,13 +272,14 @@ class Histogram(nn.Module):
         mass = np.histogram(values, edges)[0].astype(float)
         width = np.diff(edges)
         mass += 0.5 * width / width.sum() + 1e-3  # a little everywhere, for rows to come
-        outside = max(0.5, 1e-4 * n)
+        # Half an observation, or 1e-4, beyond either end, unless the support ends there too.
+        outside = [0.0 if x is not None and abs(x - e) < 1e-9 * (hi - lo) else max(0.5, 1e-4 * n) for x, e in ((lower, lo), (upper, hi))]
         starts = np.isin(edges[:-1], coarse)
         group = np.concatenate([[0], 1 + np.cumsum(starts), [2 + starts.sum()]])
         scale, shape = tails(values, lo, hi, lower, upper, floor=max(step or 0.0, 1e-6 * (hi - lo)))
         return cls(
             torch.as_tensor(edges),
-            torch.as_tensor(np.concatenate([[outside], mass, [outside]])),
+            torch.as_tensor(np.concatenate([outside[:1], mass, outside[1:]])),
             torch.as_tensor(group),
             torch.as_tensor(scale),
             torch.as_tensor(shape),
@@ -426,7 +427,9 @@ class NormalScores(nn.Module):
             scale, shape = np.full(2, 10 * spread), np.full(2, 0.05)
         else:
             for side in (0, -1):
-                if shape[side] > 0:
+                if shape[side] < 0:  # so steep that the density does not pile up at the bound
+                    slopes[side] = max(slopes[side], 1 / scale[side])
+                else:
                     scale[side] = max(scale[side], 1e-3 / slopes[side])
                     # Mills' ratio: beyond z an exponential tail of scale beta has normal scores of slope 1 / (beta z).
                     best = 1 / (scale[side] * max(edge, 1.0))

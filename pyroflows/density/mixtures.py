@@ -74,10 +74,11 @@ class MixedMixture(nn.Module):
         width = width[:, None] / sd
         middle = (upper[:, None] - mean) / sd - width / 2
         density = -0.5 * middle**2 - 0.5 * math.log(2 * math.pi) + width.log()
-        # P(cell) in the tail where it is positive, so that nothing cancels.
+        # P(cell) on the side of the lower tail, so that nothing cancels.
         a, b = -middle.abs() + width / 2, -middle.abs() - width / 2
-        exact = (torch.special.ndtr(a) - torch.special.ndtr(b)).clamp_min(1e-300).log()
-        log_cell = torch.where((width > 1e-2) & (b > -30), exact, density)
+        top = torch.special.log_ndtr(a)
+        exact = top + torch.log1p(-(torch.special.log_ndtr(b) - top).exp().clamp_max(1 - 1e-12))
+        log_cell = torch.where(width > 1e-2, exact, density)
         return (log_w + log_cell).logsumexp(1) + offset
 
     def update(self, j: int, state: State, cell: Tensor, score: Tensor, known: Tensor) -> State:
@@ -133,7 +134,7 @@ class MixedMixture(nn.Module):
         n, d = numbers.shape
         hot = [torch.nn.functional.one_hot(labels[:, i] + 1, c + 1)[:, 1:].double() for i, c in enumerate(sizes)]
         freq = [(h.sum(0) + 0.5) / (h.sum() + 0.5 * h.shape[1]) for h in hot]
-        spread = numbers.var(0, correction=0).clamp_min(1e-4) if n > 1 else numbers.new_ones(d)
+        spread = (numbers - numbers.mean(0)).square().mean(0).clamp_min(1e-4)
         flat = torch.cat([numbers / spread.sqrt(), *hot], 1)
         best, best_bic, worse = None, math.inf, 0
         for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyroflows.density.columns import NEVER, LabelCells, NumberCells
+from pyroflows.density.columns import NEVER, Encoded, LabelCells, NumberCells
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.network import ColumnNets, log_scale, mixture_log_prob
 from pyroflows.tables import Schema
 
 __all__ = ["Rows", "TableModel"]
+
+FLOOR = 1e-4  # share of the marginal in every conditional
 
 
 @dataclasses.dataclass
@@ -119,6 +121,12 @@ class TableModel(nn.Module):
         )
         self.register_buffer("alpha", torch.zeros(t_count))
         self.register_buffer("has_missing", torch.tensor([bool(c.missing_seen) for c in targets], dtype=torch.bool))
+        for kind in (0, 1):
+            log_mass = torch.full((sizes[kind], self.bins[kind]), NEVER, dtype=torch.float32)
+            for t, c in enumerate(targets):
+                if self.place[t][0] == kind:
+                    log_mass[self.place[t][1], : c.num_bins] = c.bin_mass.log()
+            self.register_buffer(f"log_mass{kind}", log_mass, persistent=False)
         self._start(components)
 
     @torch.no_grad()
@@ -187,6 +195,8 @@ class TableModel(nn.Module):
         Without ``atoms``, point masses get no probability. Unknown labels and missing cells get some number for the caller to replace.
         """
         out = self.nets(rows.features)
+        if not self.training:
+            out = [self._floored(o, kind) if len(o) else o for kind, o in enumerate(out)]
         t_count, n = rows.cell.shape
         log_p: list[Any] = [None] * t_count
         gone: list[Any] = [None] * t_count
@@ -213,6 +223,19 @@ class TableModel(nn.Module):
                 log_p[t], gone[t] = value[:, i], odds[:, i]
         return torch.stack(log_p, 1), torch.stack(gone, 1)
 
+    def _floored(self, out: Tensor, kind: int, only: int | None = None) -> Tensor:
+        """Outputs with normalized logits, the weights of the bins mixed with a little of the marginal ones.
+
+        A row that contradicts what the networks have learned then costs -log(FLOOR) nats more than its marginal density, not any number.
+        """
+        mass = self.get_buffer(f"log_mass{kind}")
+        mass = mass[only] if only is not None else mass.repeat(self.members, 1)[:, None]
+        k = (out.shape[-1] - 1 - self.bins[kind]) // 3
+        odds, logits, rest = out.split([1, self.bins[kind] + k, 2 * k], -1)
+        log_w = logits.log_softmax(-1) + math.log1p(-FLOOR)
+        bins, smooth = log_w.split([self.bins[kind], k], -1)
+        return torch.cat([odds, torch.logaddexp(bins, mass + math.log(FLOOR)), smooth, rest], -1)
+
     def mixture_log_prob(self, rows: Rows, mixture: MixedMixture | None = None) -> Tensor:
         """Log-densities of the target cells under the simple model, shape (T, N)."""
         q = mixture or self.mixture
@@ -225,7 +248,7 @@ class TableModel(nn.Module):
             if i >= self.num_given:
                 log_p = q.log_prob(i, state, e.cell, e.upper, e.width, e.offset)
                 out.append(log_p + e.inside if c.is_label else log_p)  # the mixture knows bins of labels only
-            state = q.update(i, state, e.cell, e.upper - e.width / 2, ~x.isnan())
+            state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(x, e))
         return torch.stack(out)
 
     def column_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
@@ -293,7 +316,7 @@ class TableModel(nn.Module):
                 yield i - self.num_given, i, features, state, raw
             if q is not None:
                 e = c.encode(raw[:, i])
-                state = q.update(i, state, e.cell, e.upper - e.width / 2, ~raw[:, i].isnan())
+                state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(raw[:, i], e))
 
     # ------------------------------------------------------------------ sampling
 
@@ -301,8 +324,8 @@ class TableModel(nn.Module):
         """Outputs of the M networks of target t, shape (M, N, P), and the simple model's prediction."""
         kind, i = self.place[t]
         rows = [m * self.sizes[kind] + i for m in range(self.members)]
-        out = self.nets.some(features.to(self.device), kind, rows)
-        return out.cpu(), None if q_state is None else q_state
+        out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i)
+        return out.cpu(), q_state
 
     def _draw(
         self, t: int, out: Tensor, q_state: Any, generator: torch.Generator | None, lattice: bool = True
@@ -439,7 +462,7 @@ class TableModel(nn.Module):
                             log_w[at] = -math.log(draws)
             if state is not None:
                 e = c.encode(raw[:, i])
-                state = q.update(i, state, e.cell, e.upper - e.width / 2, ~raw[:, i].isnan())
+                state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(raw[:, i], e))
         filled = torch.empty_like(raw)
         filled[:, self.order] = raw
         total = log_w.logsumexp(1)
@@ -495,6 +518,11 @@ class TableModel(nn.Module):
             up = self.cdf(t, c.scores.inverse(mid), out, q_state) >= p
             lo, hi = torch.where(up, lo, mid), torch.where(up, mid, hi)
         return c.keep(c.scores.inverse(hi))
+
+
+def _regular(x: Tensor, e: Encoded) -> Tensor:
+    """Cells that tell the simple model something: neither missing nor point masses of a number column."""
+    return ~x.isnan() & (e.offset > NEVER / 10)
 
 
 def _flat(rows: Tensor, draws: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.density.columns import NEVER
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import Rows, TableModel
 
@@ -25,7 +26,7 @@ def default_settings(n: int, columns: int) -> dict[str, Any]:
         return dict(members=8, hidden_dim=32, components=3, dropout=0.2)
     if n < 15000:
         return dict(members=4, hidden_dim=64, components=6, dropout=0.2)
-    return dict(members=2, hidden_dim=128, components=8, dropout=0.05)
+    return dict(members=1, hidden_dim=128, components=8, dropout=0.0)
 
 
 def plan(
@@ -89,7 +90,7 @@ def fit_mixture(model: TableModel, rows: Rows, generator: torch.Generator) -> Mi
             sizes.append(c.num_bins)
         else:
             s = e.upper - e.width / 2
-            known = ~x.isnan()
+            known = ~x.isnan() & (e.offset > NEVER / 10)
             numbers.append(torch.where(known, s, s[known].mean() if known.any() else 0.0))
     n = len(rows)
     return MixedMixture.fit(
