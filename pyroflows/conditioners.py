@@ -311,13 +311,15 @@ class SequentialPass:
         # sorted degrees make all that a unit sees a prefix, so the mask is not needed
         layers, from_context = net._unpack(net.weights)
         (first, bias), *hidden, (last, last_bias) = layers
-        self.hidden = [(first[net.order].t(), bias.unsqueeze(-1))]
-        self.hidden += [(weight.t(), bias.unsqueeze(-1)) for weight, bias in hidden]
-        self.last = last.t().unflatten(0, (net.num_params, net.input_dim))
-        self.last_bias = last_bias.view(net.num_params, net.input_dim, 1)
+        self.hidden = [(first[net.order].t().contiguous(), bias.unsqueeze(-1))]
+        self.hidden += [(weight.t().contiguous(), bias.unsqueeze(-1)) for weight, bias in hidden]
+        shape = (net.num_params, net.input_dim, -1)
+        self.last = last.t().contiguous().view(shape).unbind(1)
+        self.last_bias = last_bias.view(shape).unbind(1)
         self.x = _Rows(net.input_dim, batch, first, grad)
         # what the next layer reads, for each hidden layer
         self.acts = [_Rows(len(weight), batch, first, grad) for weight, _ in self.hidden]
+        self.act = torch.relu_ if type(net.act) is nn.ReLU and not net.residual else net.act
         self.from_context: Tensor | None = None
         if from_context is not None:
             shift = net._spread(context @ from_context, batch_shape)
@@ -326,9 +328,8 @@ class SequentialPass:
 
     def params(self) -> Tensor:
         """Return θ of the next feature, shape ``(num_params, *batch)``."""
-        feature = self.order[self.known]
-        h = self.acts[-1].so_far()
-        theta = torch.matmul(self.last[:, feature, : h.shape[0]], h) + self.last_bias[:, feature]
+        feature, h = self.order[self.known], self.acts[-1].so_far()
+        theta = torch.addmm(self.last_bias[feature], self.last[feature][:, : len(h)], h)
         return theta.view(self.net.num_params, *self.batch_shape)
 
     def push(self, value: Tensor) -> None:
@@ -340,37 +341,33 @@ class SequentialPass:
 
     def _advance(self) -> None:
         """Compute the hidden units whose degree is the number of known features."""
-        net, known = self.net, self.known
+        if self.net.residual:
+            self._advance_blocks()
+            return
+        for i, rows in enumerate(self.acts):
+            begin, end = self._units(i)
+            if end > begin:
+                rows.append(self.act(self._linear(i, begin, end)))
+
+    def _advance_blocks(self) -> None:
         begin, end = self._units(0)
-        if end > begin:
-            weight, bias = self.hidden[0]
-            h = bias[begin:end]
-            if self.from_context is not None:
-                h = h + self.from_context[begin:end]
-            h = (
-                torch.addmm(h, weight[begin:end, :known], self.x.so_far())
-                if known
-                else h.expand(-1, self.x.batch)
-            )
-            self.acts[0].append(net.act(h))
-            if net.residual:
-                self._advance_blocks(h)
-        if not net.residual:
-            for i in range(1, len(self.acts)):
-                begin, end = self._units(i)
-                if end > begin:
-                    self.acts[i].append(net.act(self._linear(i, begin, end, self.acts[i - 1])))
-
-    def _advance_blocks(self, h: Tensor) -> None:
-        net, (begin, end) = self.net, self._units(0)
+        if end == begin:
+            return
+        h = self._linear(0, begin, end)
+        self.acts[0].append(self.act(h))
         for i in range(1, len(self.acts), 2):
-            self.acts[i].append(net.act(self._linear(i, begin, end, self.acts[i - 1])))
-            h = h + self._linear(i + 1, begin, end, self.acts[i])
-            self.acts[i + 1].append(net.act(h))
+            self.acts[i].append(self.act(self._linear(i, begin, end)))
+            h = h + self._linear(i + 1, begin, end)
+            self.acts[i + 1].append(self.act(h))
 
-    def _linear(self, i: int, begin: int, end: int, below: "_Rows") -> Tensor:
-        h, (weight, bias) = below.so_far(), self.hidden[i]
-        return torch.addmm(bias[begin:end], weight[begin:end, : h.shape[0]], h)
+    def _linear(self, i: int, begin: int, end: int) -> Tensor:
+        """Units ``begin`` to ``end`` of hidden layer i, before their activation; shape ``(units, batch)``."""
+        below = (self.acts[i - 1] if i else self.x).so_far()
+        weight, bias = self.hidden[i]
+        bias = bias[begin:end]
+        if not i and self.from_context is not None:
+            bias = bias + self.from_context[begin:end]
+        return torch.addmm(bias, weight[begin:end, : len(below)], below)
 
     def _units(self, layer: int) -> tuple[int, int]:
         starts = self.net._starts[layer]
@@ -386,7 +383,7 @@ class _Rows:
         self.whole = like.new_empty(0, batch)
 
     def append(self, block: Tensor) -> None:
-        end = self.count + block.shape[0]
+        end = self.count + len(block)
         if self.buffer is None:
             self.whole = torch.cat([self.whole, block]) if self.count else block
         else:

@@ -470,7 +470,8 @@ class _Map(torch.autograd.Function):
         out, log_slope, bins, index = _in_parts(kernel, layout.flatten(z), layout.rows(params))
         ctx.spline, ctx.inverse = spline, inverse
         ctx.save_for_backward(z, params, bins, index)
-        return layout.restore(out), layout.restore(log_slope)
+        # .data: a view leaving a Function with two outputs could not be changed in place.
+        return layout.restore(out).data, layout.restore(log_slope).data
 
     @staticmethod
     def backward(ctx: Any, g_out: Tensor, g_log: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,8 @@
 """Flow guides for variational inference: start at the right place, fit, and say how good the fit is."""
 
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.draws import GuideDraws, draw
+from pyroflows.guides.elbo import PathGradientELBO
 from pyroflows.guides.fitting import FitResult, fit_guide
 
-__all__ = ["AutoFlow", "FitResult", "fit_guide"]
+__all__ = ["AutoFlow", "FitResult", "GuideDraws", "PathGradientELBO", "draw", "fit_guide"]

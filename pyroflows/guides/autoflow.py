@@ -100,9 +100,27 @@ class AutoFlow(AutoContinuous):
             _make_flow(self._flow, self.latent_dim), loc, init_scale=self._init_scale, full_rank=full_rank
         )
         self.packed = nn.Parameter(self.transport.initial.clone())
+        self._check_store()
         if self._pending_state is not None:
             state, self._pending_state = self._pending_state, None
             self.load_state_dict(state)
+
+    def _check_store(self) -> None:
+        """Pyro's store hands the parameter of an earlier guide of the same name to this one: say so."""
+        name, store = f"{self._pyro_name}.packed", pyro.get_param_store()
+        if name not in store or pyro.settings.get("module_local_params"):
+            return
+        held = tuple(store[name].shape)
+        if held != tuple(self.packed.shape):
+            raise ValueError(
+                f"Pyro's parameter store holds '{name}' of another guide, of shape {held} instead of "
+                f"{tuple(self.packed.shape)}: call pyro.clear_param_store() first"
+            )
+        warnings.warn(
+            f"Pyro's parameter store already holds '{name}', which this guide will use; call "
+            "pyro.clear_param_store() first if it belongs to another guide",
+            stacklevel=2,
+        )
 
     def _find_moving_supports(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether the support of a site depends on other sites; then the guide must run the model to know it."""
@@ -165,7 +183,7 @@ class AutoFlow(AutoContinuous):
 
     def _constrain(self, latent: Tensor, args: tuple = (), kwargs: dict[str, Any] | None = None) -> dict[str, Tensor]:
         """Values of the sites at ``latent``, ``(*batch, D)``; each ``(*batch, *site)``."""
-        nesting = max(s["fn"].batch_shape.numel() and len(s["fn"].batch_shape) for s in self._sites())
+        nesting = max(len(s["fn"].batch_shape) for s in self._sites())
         batch = latent.shape[:-1]
         spread = latent.reshape((-1,) + (1,) * nesting + latent.shape[-1:]) if batch else latent
         if self._moving_supports:

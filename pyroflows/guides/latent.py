@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,3 +232,32 @@ class LatentDensity:
         """Value of each site at ``u``: ``(S, D)`` to ``(S, *site)``, plate dimensions as in the model."""
         values = self.evaluate(u).values
         return {s.name: values[s.name].reshape(u.shape[:-1] + s.value_shape) for s in self.sites}
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`constrain`: values ``(*batch, *site)`` to ``(*batch, D)``."""
+        run = _Inverse({s.name: self._padded(s, values[s.name]) for s in self.sites})
+        with pyro.validation_enabled(False), poutine.block(), torch.no_grad(), run:
+            self.model(*self.args, **self.kwargs)
+        first = self.sites[0]
+        batch = values[first.name].shape[: values[first.name].dim() - len(first.value_shape)]
+        return torch.cat([run.unconstrained[s.name].reshape(batch + (-1,)) for s in self.sites], -1)
+
+    def _padded(self, site: LatentSite, value: Tensor) -> Tensor:
+        batch = value.shape[: value.dim() - len(site.value_shape)]
+        event_dim = site.event_dim - len(site.shape) + len(site.value_shape)
+        padding = (1,) * (self.nesting - len(site.value_shape) + event_dim) if batch else ()
+        return value.reshape(batch + padding + site.value_shape)
+
+
+class _Inverse(Messenger):
+    """Give latents constrained values while the model runs, and keep their unconstrained ones."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values, self.unconstrained = values, {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        value = self.values.get(msg["name"])
+        if value is not None:
+            msg["value"] = value
+            self.unconstrained[msg["name"]] = biject_to(msg["fn"].support).inv(value)

@@ -228,15 +228,14 @@ class Transport(Bijection):
         view.__dict__.update(_entry=None, _inverse_ref=None, _parameters={"vector": vector})
         return view
 
-    @property
     def _vector(self) -> Tensor:
-        try:
-            return self._parameters["vector"]
-        except KeyError:
-            raise RuntimeError("Transport has no parameters of its own: call .at(vector) first") from None
+        vector = self._parameters.get("vector")
+        if vector is None:
+            raise RuntimeError("Transport has no parameters of its own: call .at(vector) first")
+        return vector
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        v, log_det = self.from_base(self._vector, x)
+        v, log_det = self.from_base(self._vector(), x)
         return self.loc + self.spread(v), log_det + self.log_det_scale
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -245,5 +244,5 @@ class Transport(Bijection):
             v = torch.linalg.solve_triangular(self.scale, v.reshape(-1, len(self.loc)).T, upper=False).T.reshape(v.shape)
         else:
             v = v / self.scale
-        z, log_det = self.to_base(self._vector, v)
+        z, log_det = self.to_base(self._vector(), v)
         return z, log_det - self.log_det_scale

@@ -63,15 +63,15 @@ class Autoregressive(Bijection):
         return y, log_slope.sum(-1)
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        columns, order = y.unbind(-1), self.conditioner.order.tolist()
+        order = self.conditioner.order.tolist()
+        columns = y.movedim(-1, 0).contiguous().unbind(0)
         sequence = self.conditioner.sequential(y.shape[:-1], context)
-        x: list[Tensor] = [y] * len(order)
-        log_det = torch.zeros_like(columns[0])
+        x, log_slopes = list(columns), []
         for i in order:
             x[i], log_slope = self.scalar.inverse(columns[i], sequence.params())
             sequence.push(x[i])
-            log_det = log_det + log_slope
-        return torch.stack(x, -1), log_det
+            log_slopes.append(log_slope)
+        return torch.stack(x, -1), torch.stack(log_slopes).sum(0)
 
     def extra_repr(self) -> str:
         """Name the map."""

@@ -1,0 +1,95 @@
+"""The command line, streaming, and fits shared by two processes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyroflows.cli import main
+from pyroflows.density import DensityEstimator
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("safetensors")
+
+
+@pytest.fixture
+def table():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=4000)
+    return pd.DataFrame({"x": x, "y": x + 0.3 * rng.normal(size=4000), "k": np.where(x > 0, "up", "down")})
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_fit_score_sample_inspect(tmp_path, table, ending, capsys):
+    path, model = tmp_path / f"t.{ending}", tmp_path / "m.safetensors"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    fit = ["fit", str(path), "-o", str(model), "--max-steps", "40", "--seed", "0", "--quiet"]
+    assert main(fit) == 0
+    assert "held-out" in capsys.readouterr().out
+    scored = tmp_path / f"s.{ending}"
+    assert main(["score", str(model), str(path), "-o", str(scored)]) == 0
+    nats = (pd.read_csv if ending == "csv" else pd.read_parquet)(scored)["log_density"]
+    np.testing.assert_allclose(nats, DensityEstimator.load(model).score_samples(table), atol=1e-4)
+    drawn = tmp_path / f"d.{ending}"
+    assert main(["sample", str(model), "-n", "50", "--seed", "1", "--given", "k=up", "-o", str(drawn)]) == 0
+    frame = (pd.read_csv if ending == "csv" else pd.read_parquet)(drawn)
+    assert len(frame) == 50 and (frame["k"] == "up").all()
+    capsys.readouterr()
+    assert main(["sample", str(model), "-n", "3", "--seed", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert main(["inspect", str(model)]) == 0
+    assert main(["inspect", str(path)]) == 0
+    assert "2 labels" in capsys.readouterr().out
+
+
+def test_errors_go_to_stderr(tmp_path, table, capsys):
+    path = tmp_path / "t.csv"
+    table.to_csv(path, index=False)
+    assert main(["fit", str(path), "-o", str(tmp_path / "m"), "--target", "z", "--quiet"]) == 1
+    assert "unknown: ['z']" in capsys.readouterr().err
+    assert main(["score", str(path), str(path)]) == 1
+    assert "not a safetensors file" in capsys.readouterr().err
+    assert main(["inspect", "nowhere.csv"]) == 1
+
+
+def test_streamed_fit_is_as_good(tmp_path, table):
+    path = tmp_path / "t.parquet"
+    table.to_parquet(path, row_group_size=500)
+    options = dict(max_steps=150, random_state=0, members=1, hidden_dim=32, batch_size=256)
+    whole = DensityEstimator(**options).fit_file(path)
+    streamed = DensityEstimator(**options).fit_file(path, in_memory=1000, sample_rows=1500)
+    assert streamed.score(table) > whole.score(table) - 0.15
+    assert list(streamed.feature_names_in_) == ["x", "y", "k"]
+
+
+def test_two_processes_fit_one_model(tmp_path, table):
+    path = tmp_path / "t.parquet"
+    table.to_parquet(path, row_group_size=500)
+    code = (
+        "import sys, torch, torch.distributed as d; torch.set_num_threads(1)\n"
+        "from pyroflows.density import DensityEstimator\n"
+        "d.init_process_group('gloo')\n"
+        "for k, memory in enumerate((10**6, 1000)):\n"
+        "    m = DensityEstimator(max_steps=40, random_state=0, hidden_dim=16, members=1, batch_size=256)\n"
+        "    m.fit_file(sys.argv[1], in_memory=memory)\n"
+        "    p = torch.cat([q.detach().flatten() for q in m.model_.parameters()])\n"
+        "    both = [torch.empty_like(p) for _ in range(2)]; d.all_gather(both, p)\n"
+        "    assert torch.equal(*both), (both[0] - both[1]).abs().max()\n"
+        "    m.save(sys.argv[2] + str(k))\n"
+        "d.destroy_process_group()\n"
+    )
+    script = tmp_path / "fit.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), str(path), str(tmp_path / "m")], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = DensityEstimator(max_steps=40, random_state=0, hidden_dim=16, members=1, batch_size=256).fit(table)
+    for k in (0, 1):
+        shared = DensityEstimator.load(str(tmp_path / "m") + str(k))
+        assert shared.score(table) == pytest.approx(one.score(table), abs=0.2)
