@@ -7,7 +7,7 @@ cumulative sums run down the rows, so that every operation works on long contigu
 Two paths give the same numbers:
 
 - ``_reference``: differentiable operations on any shapes. It serves broadcast parameters,
-  `torch.compile`, `torch.func`, forward mode, and every derivative above the first.
+  `torch.compile`, `torch.jit`, `torch.func`, forward mode, and all derivatives above the first.
 - ``_Map``: kernels for the rest, with an analytic backward. They save the inputs and the bin of
   each element (7 or 8 numbers), and compute the softmaxes again; they work in the memory order of
   the parameters, since the input is the smaller one to transpose; and they go through the tall
@@ -453,7 +453,8 @@ def _evaluate(
         missing = len(shape) + 1 - params.dim()
         params = params.reshape(params.shape[0], *[1] * missing, *params.shape[1:])
         return spline._reference(z.expand(shape), params, inverse=inverse)
-    if torch.compiler.is_compiling() or functorch_active() or forward_ad._current_level >= 0:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or functorch_active() or forward_ad._current_level >= 0:
         return spline._reference(z, params, inverse=inverse)
     return _Map.apply(spline, inverse, z, params)
 

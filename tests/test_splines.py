@@ -343,6 +343,19 @@ def test_only_what_is_asked_for_gets_a_gradient(order, inverse):
 
 @both_orders
 @both_ways
+def test_the_output_may_be_changed_in_place(order, inverse):
+    spline = order(4)
+    x, params = draw(spline, (4, 3))
+    x.requires_grad_()
+    for view in (params, params.movedim(-1, 1).contiguous().movedim(1, -1)):
+        y, log_slope = apply(spline, x, view, inverse)
+        y.mul_(2), y[0].add_(log_slope[0])
+        (g,) = torch.autograd.grad(y[1:].sum(), x)
+        torch.testing.assert_close(g[1:], 2 * log_slope[1:].exp())
+
+
+@both_orders
+@both_ways
 def test_torch_func(order, inverse):
     spline = order(4)
     x, params = draw(spline, (3, 5))
