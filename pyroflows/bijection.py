@@ -1,7 +1,10 @@
-"""The one abstraction: an invertible map with its log-determinant, context optional, at home in Pyro.
+"""The one abstraction.
 
-A subclass of :class:`Bijection` writes two methods; everything Pyro and PyTorch expect of a transform (calls,
-``log_abs_det_jacobian``, ``inv``, ``condition``, shapes, copies, caching) is written here once.
+An invertible map with its log-determinant, context optional, at home in Pyro.
+
+A subclass of :class:`Bijection` writes two methods; everything Pyro and PyTorch expect of a
+transform (calls, ``log_abs_det_jacobian``, ``inv``, ``condition``, shapes, copies, caching) is
+written here once.
 """
 
 import weakref
@@ -21,15 +24,18 @@ __all__ = ["Bijection", "Compose", "Inverse", "as_bijection"]
 class Bijection(TransformModule):
     r"""An invertible, differentiable map :math:`y = f(x; c)` from noise x to data y.
 
-    Shapes: x and y are ``(*batch, *event)``, the context c is ``(*batch, context_dim)``; batches broadcast. Every
-    log-determinant has exactly the batch shape. dtype and device are those of the input and the parameters.
+    Shapes: x and y are ``(*batch, *event)``, the context c is ``(*batch, context_dim)``; batches
+    broadcast. Every log-determinant has exactly the batch shape. dtype and device are those of the
+    input and the parameters.
 
-    With ``context_dim=0`` it is a transform. With ``context_dim > 0`` it is a family of transforms, one for each
-    context: ``condition(c)`` returns the member, which shares every parameter.
+    With ``context_dim=0`` it is a transform. With ``context_dim > 0`` it is a family of
+    transforms, one for each context: ``condition(c)`` returns the member, which shares every
+    parameter.
 
-    A call remembers its value and log-determinant, so that Pyro's pair of calls costs one evaluation. The memory
-    is dropped as soon as it could be wrong: after a backward pass through it, when a parameter, a buffer or one of
-    the tensors has changed, or when gradients are wanted that it lacks.
+    A call remembers its value and log-determinant, so that Pyro's pair of calls costs one
+    evaluation. The memory is dropped as soon as it could be wrong: after a backward pass through
+    it, when a parameter, a buffer or one of the tensors has changed, or when gradients are wanted
+    that it lacks.
 
     Args:
         event_shape: Shape of x without its batch; ``None`` leaves the size open.
@@ -70,7 +76,7 @@ class Bijection(TransformModule):
             return self._inverse_and_log_det(value, context)
         return self._forward_and_log_det(value, context)
 
-    # ------------------------------------------------------------------------------------------ value and log-det
+    # --------------------------------------------------------------------------- value and log-det
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``f(x)`` and ``log|det df/dx|``, from one evaluation or from memory."""
@@ -89,7 +95,10 @@ class Bijection(TransformModule):
         return out, _show_nan(out, log_det)
 
     def _evaluate(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """Check and broadcast ``value``, then move it; NaN need not show in the log-determinant."""
+        """Check and broadcast ``value``, then move it.
+
+        NaN need not show in the log-determinant.
+        """
         event_dim = (self.codomain if inverse else self.domain).event_dim
         self._check(value, event_dim, inverse)
         context = self._context
@@ -134,7 +143,7 @@ class Bijection(TransformModule):
             f"{value.dtype} on {value.device}. Convert one of them, e.g. with .to(values)"
         )
 
-    # ------------------------------------------------------------------------------------------ torch's protocol
+    # ---------------------------------------------------------------------------- torch's protocol
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y = f(x)."""
@@ -150,7 +159,10 @@ class Bijection(TransformModule):
         return self._evaluate(y, inverse=True)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return log|det dy/dx| at a pair with y = f(x), shape batch; free right after the call that made it."""
+        """Return log|det dy/dx| at a pair with y = f(x), shape batch.
+
+        Free right after the call that made it.
+        """
         entry = self._entry
         if entry is not None:
             log_det = entry.log_det_of(self, x, y)
@@ -161,7 +173,10 @@ class Bijection(TransformModule):
         return self._both(x, inverse=False)[1]
 
     def _recall(self, value: Tensor, inverse: bool) -> Tensor:
-        """Return the other side of ``value``: remembered if that is sure to be right, else computed."""
+        """Return the other side of ``value``.
+
+        Remembered if that is sure to be right, else computed.
+        """
         if _untracked():
             return self._evaluate(value, inverse)[0]
         entry = self._entry
@@ -172,9 +187,18 @@ class Bijection(TransformModule):
         out, log_det = self._evaluate(value, inverse)
         log_det = _show_nan(out, log_det)
         if out is not value and not out.is_inference():
-            # past nn.Module.__setattr__, and in one assignment: threads see the old entry or the new one
+            # past nn.Module.__setattr__, and in one assignment: threads see the old entry or the
+            # new one
             self.__dict__["_entry"] = _Entry(self, value, out, log_det, inverse)
         return out
+
+    @property
+    def sign(self) -> int:
+        """Sign of the determinant, where it is fixed.
+
+        Else there is no such attribute (torch.jit asks every module).
+        """
+        raise AttributeError(f"{type(self).__name__} has no sign of its own")
 
     def with_cache(self, cache_size: int = 1) -> "Bijection":
         """Return self: the memory of the last call is always right, so it needs no switch."""
@@ -195,7 +219,10 @@ class Bijection(TransformModule):
         return self._broadcast_shape(shape, self.domain.event_dim)
 
     def _map_shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
-        """Shape of the result for an input of ``shape``, context aside; overridden where events change shape."""
+        """Shape of the result for an input of ``shape``, context aside.
+
+        Overridden where events change shape.
+        """
         return shape
 
     def _broadcast_shape(self, shape: torch.Size, event_dim: int) -> torch.Size:
@@ -216,7 +243,7 @@ class Bijection(TransformModule):
                 f"of shape {tuple(context.shape)}"
             ) from None
 
-    # ------------------------------------------------------------------------------------------ views
+    # --------------------------------------------------------------------------------------- views
 
     @property
     def inv(self) -> "Bijection":
@@ -347,15 +374,17 @@ class Inverse(Bijection):
 class Compose(Bijection):
     r"""The parts one after the other: :math:`f = f_n \circ \dots \circ f_1`, noise side first.
 
-    One sweep gives the value and the log-determinant; its cost is the sum of its parts'. Parts of different event
-    dimension are allowed under PyTorch's rule: log-determinants of narrower parts are summed over the rest of the
-    event.
+    One sweep gives the value and the log-determinant; its cost is the sum of its parts'. Parts of
+    different event dimension are allowed under PyTorch's rule: log-determinants of narrower parts
+    are summed over the rest of the event.
 
     Args:
-        parts: Bijections, or any transform that :func:`as_bijection` takes; parts without context ignore it.
+        parts: Bijections, or any transform that :func:`as_bijection` takes; parts without context
+            ignore it.
 
     Raises:
-        ValueError: If there are no parts, or neighbours disagree on the event shape or on ``context_dim``.
+        ValueError: If there are no parts, or neighbours disagree on the event shape or on
+            ``context_dim``.
     """
 
     def __init__(self, parts: Sequence[Transform | Bijection]) -> None:
@@ -455,7 +484,10 @@ def _chain_dims(
 
 
 class _Wrapped(Bijection):
-    """Any torch or Pyro transform as a :class:`Bijection`; a conditional one is conditioned at every call."""
+    """Any torch or Pyro transform as a :class:`Bijection`.
+
+    A conditional one is conditioned at every call.
+    """
 
     def __init__(self, transform: Any, context_dim: int = 0) -> None:
         super().__init__(context_dim=context_dim)
@@ -508,7 +540,9 @@ def _apply_to_plain_tensors(transform: Any, fn: Callable[[Tensor], Tensor]) -> N
             vars(transform)[name] = (None, None)
         elif name in ("parts", "_inv", "base_transform") and not isinstance(transform, nn.Module):
             for inner in value if isinstance(value, list) else [value]:
-                if isinstance(inner, Transform) and (name != "_inv" or type(transform).__name__ == "_InverseTransform"):
+                if isinstance(inner, Transform) and (
+                    name != "_inv" or type(transform).__name__ == "_InverseTransform"
+                ):
                     _apply_to_plain_tensors(inner, fn)
 
 
@@ -542,7 +576,7 @@ def as_bijection(
     return _Wrapped(transform)
 
 
-# ---------------------------------------------------------------------------------------------- memory of one call
+# ------------------------------------------------------------------------------ memory of one call
 
 
 def _untracked() -> bool:
@@ -561,12 +595,23 @@ def _show_nan(out: Tensor, log_det: Tensor) -> Tensor:
 class _Entry:
     """One evaluation: input, output (weakly held) and log-determinant, with all that makes them valid.
 
-    It is found only through the output: whoever holds that holds its graph, so nothing is kept alive for the
-    memory's sake. A backward pass through the evaluation ends the entry: its graph may be freed, and a parameter
-    update is near (also one through ``.data``, which leaves no other trace).
+    It is found only through the output: whoever holds that holds its graph, so nothing is kept
+    alive for the memory's sake. A backward pass through the evaluation ends the entry: its graph
+    may be freed, and a parameter update is near (also one through ``.data``, which leaves no other
+    trace).
     """
 
-    __slots__ = ("input", "output", "log_det", "is_inverse", "grad", "state", "tensors", "stamp", "alive")
+    __slots__ = (
+        "input",
+        "output",
+        "log_det",
+        "is_inverse",
+        "grad",
+        "state",
+        "tensors",
+        "stamp",
+        "alive",
+    )
 
     def __init__(
         self, owner: Bijection, value: Tensor, out: Tensor, log_det: Tensor, inverse: bool
@@ -614,7 +659,10 @@ class _Entry:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer below ``module``; a plain walk, several times faster than ``parameters()``."""
+    """Every parameter and buffer below ``module``.
+
+    A plain walk, several times faster than ``parameters()``.
+    """
     stack = [module]
     while stack:
         inner = stack.pop().__dict__
@@ -628,9 +676,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _stamp(tensors: Any) -> list[tuple[int, int, bool]]:
-    return [
-        (id(t), 0 if t.is_inference() else t._version, t.requires_grad) for t in tensors
-    ]
+    return [(id(t), 0 if t.is_inference() else t._version, t.requires_grad) for t in tensors]
 
 
 def _state(*pair: Tensor) -> list[tuple[int, bool]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -99,28 +98,20 @@ class AutoFlow(AutoContinuous):
         self.transport = Transport(
             _make_flow(self._flow, self.latent_dim), loc, init_scale=self._init_scale, full_rank=full_rank
         )
-        self.packed = nn.Parameter(self.transport.initial.clone())
-        self._check_store()
+        self._parameters["packed"] = _owned(nn.Parameter(self.transport.initial.clone()))
+        if self.master is None:
+            self._create_plates(*args, **kwargs)  # NeuTraReparam asks for them
         if self._pending_state is not None:
             state, self._pending_state = self._pending_state, None
             self.load_state_dict(state)
 
-    def _check_store(self) -> None:
-        """Pyro's store hands the parameter of an earlier guide of the same name to this one: say so."""
+    def _claim_name(self) -> None:
+        """Take the name in Pyro's store from another live guide that holds it; a parameter loaded from a file stays."""
         name, store = f"{self._pyro_name}.packed", pyro.get_param_store()
-        if name not in store or pyro.settings.get("module_local_params"):
-            return
-        held = tuple(store[name].shape)
-        if held != tuple(self.packed.shape):
-            raise ValueError(
-                f"Pyro's parameter store holds '{name}' of another guide, of shape {held} instead of "
-                f"{tuple(self.packed.shape)}: call pyro.clear_param_store() first"
-            )
-        warnings.warn(
-            f"Pyro's parameter store already holds '{name}', which this guide will use; call "
-            "pyro.clear_param_store() first if it belongs to another guide",
-            stacklevel=2,
-        )
+        if name in store:
+            held = store._params[name]
+            if held is not self._parameters["packed"] and getattr(held, "_belongs_to_a_guide", False):
+                del store[name]
 
     def _find_moving_supports(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether the support of a site depends on other sites; then the guide must run the model to know it."""
@@ -144,6 +135,7 @@ class AutoFlow(AutoContinuous):
         """The map from noise to unconstrained latents, a :class:`Bijection` with the present parameters."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        self._claim_name()
         # past PyroModule's attribute access, which would register every tensor below by itself
         return self._modules["transport"].at(self.packed)
 
@@ -214,7 +206,7 @@ class AutoFlow(AutoContinuous):
     def prefit(self, *args: Any, **kwargs: Any) -> Gaussian:
         """Fit a Gaussian (see :func:`pyroflows.guides.prefit.prefit`) and start the flow from it."""
         self.setup(*args, **kwargs)
-        best, _, _ = prefit(self.density(*args, **kwargs), self._modules["transport"].loc)
+        best, _, _ = prefit(self.density(*args, **kwargs).frozen(), self._modules["transport"].loc)
         self.place(best)
         return best
 
@@ -261,7 +253,7 @@ class AutoFlow(AutoContinuous):
         """Draws of u − μ, symmetric in z and with z = 0: exact medians for symmetric posteriors; global RNG untouched."""
         transport = self._modules["transport"]
         z = normal_points(2048, self.latent_dim, like=transport.loc)
-        v, _ = transport.from_base(self.packed, torch.cat([z, torch.zeros_like(z[:1]), -z]))
+        v, _ = transport.from_base(self._parameters["packed"], torch.cat([z, torch.zeros_like(z[:1]), -z]))
         return transport.spread(v)
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -304,6 +296,11 @@ class AutoFlow(AutoContinuous):
         state.update(_model=None, _raw_model=None, master=None)
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._parameters.get("packed") is not None:
+            _owned(self._parameters["packed"])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -333,6 +330,11 @@ class _Seen(poutine.messenger.Messenger):
             self.values[name] = biject_to(msg["fn"].support)(self.unconstrained[name])
         if name in self.values:
             msg["value"], self.supports[name] = self.values[name], msg["fn"].support
+
+
+def _owned(parameter: nn.Parameter) -> nn.Parameter:
+    parameter._belongs_to_a_guide = True
+    return parameter
 
 
 def _make_flow(flow: Callable[[int], Any] | str | None, latent_dim: int) -> Bijection:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -136,13 +135,12 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def _model_parameters(model: Callable, guide: AutoFlow, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+def _model_parameters(density: LatentDensity) -> list[Tensor]:
     """Unconstrained leaves of the model's own parameters."""
-    with torch.no_grad(), poutine.block(), poutine.trace(param_only=True) as capture:
-        poutine.replay(model, trace=poutine.trace(guide).get_trace(*args, **kwargs))(*args, **kwargs)
-    own = guide._parameters["packed"]
-    leaves = [site["value"].unconstrained() for site in capture.trace.nodes.values() if site["type"] == "param"]
-    return [p for p in leaves if p is not own and p.requires_grad]
+    with torch.no_grad(), poutine.trace(param_only=True) as seen:
+        density.evaluate(density.init_loc)
+    leaves = [site["value"].unconstrained() for site in seen.trace.nodes.values() if site["type"] == "param"]
+    return [p for p in leaves if p.requires_grad]
 
 
 def fit_guide(
@@ -198,15 +196,12 @@ def fit_guide(
         if prefit_first is None:
             prefit_first = torch.equal(packed, transport.initial)
         if prefit_first:
-            result.prefit, result.candidates, result.num_gradients = prefit(density, transport.loc)
+            result.prefit, result.candidates, result.num_gradients = prefit(density.frozen(), transport.loc)
             guide.place(result.prefit)
-        _train(density, guide, [packed, *_model_parameters(model, guide, args, kwargs)], result, num_steps, num_particles, lr, progress)
+        _train(density, guide, [packed, *_model_parameters(density)], result, num_steps, num_particles, lr, progress)
         with torch.no_grad():
             result.diagnostics = _assess(density, guide, result)
     result.cpu_seconds = time.process_time() - begun
-    store, name = pyro.get_param_store(), f"{guide._pyro_name}.packed"
-    if name in store and store[name] is not packed:  # left by another guide of the same name
-        del store[name]
     return result
 
 
@@ -222,7 +217,7 @@ def _assess(density: LatentDensity, guide: AutoFlow, result: FitResult) -> Weigh
     z = normal_points(1000, density.dim, like=guide._modules["transport"].loc, seed=1)
     summary = summarize_weights(_log_weights(density, guide, z))
     before = result.prefit
-    if before is not None and math.isfinite(before.elbo):
+    if before is not None and math.isfinite(before.elbo) and not density.stochastic:
         error = summary.elbo_error if math.isfinite(summary.elbo_error) else 0.0
         if not summary.elbo > before.elbo - max(0.1, 3 * error):
             guide.place(before)
@@ -251,7 +246,7 @@ def _train(
     optimizer = torch.optim.Adam([{"params": [p]} for p in leaves], betas=(0.9, 0.99), fused=True)
     clip = GradientClipper()
     most = (50_000 - result.num_gradients) // num_particles if num_steps is None else num_steps
-    schedule = Schedule(max(most, 1), window=60 if num_steps is None else 0)
+    schedule = Schedule(max(most, 1), window=60 if num_steps is None and not density.stochastic else 0)
     for step in range(most):
         factor = schedule.factor(step)
         if factor == 0.0:

@@ -136,6 +136,7 @@ class LatentDensity:
         dim: Length ``D`` of the flat vector.
         nesting: Number of plate dimensions of the model.
         init_loc: Flat vector of the initial values; shape ``(D,)``.
+        stochastic: Whether plates are subsampled, so that every call sees other data.
 
     Raises:
         ValueError: If a latent site is discrete; the message names it.
@@ -154,6 +155,8 @@ class LatentDensity:
         with torch.no_grad(), poutine.block():
             trace = poutine.trace(init(model)).get_trace(*self.args, **self.kwargs)
         self.nesting = plate_nesting(trace)
+        frames = [f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
+        self.stochastic = any(f.full_size is not None and f.full_size != f.size for f in frames)
         self.sites: list[LatentSite] = []
         parts = []
         for name, site in prune_subsample_sites(trace).iter_stochastic_nodes():
@@ -170,10 +173,22 @@ class LatentDensity:
         self.dim = len(self.init_loc)
         self._batched: Callable[[Tensor], Tensor] | None = None
 
+    def frozen(self, seed: int = 0) -> Callable[[Tensor], Tensor]:
+        """The same function with one choice of subsamples for all calls; global random state untouched."""
+        if not self.stochastic:
+            return self
+
+        def density(u: Tensor) -> Tensor:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                return self(u)
+
+        return density
+
     def evaluate(self, u: Tensor, *, record: bool = False) -> _Evaluation:
         """Run the model once at ``u``, ``(D,)`` or ``(S, D)``, and return everything that was seen."""
         run = _Evaluation({s.name: s.unpack(u, self.nesting) for s in self.sites}, self.nesting, record)
-        with pyro.validation_enabled(False), poutine.block(), run:
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), run:
             self.model(*self.args, **self.kwargs)
         return run
 
