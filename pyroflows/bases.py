@@ -1,7 +1,9 @@
-"""Base distributions as modules: ``base()`` or ``base(context)`` is a Pyro distribution over vectors.
+"""Base distributions as modules.
 
-Being modules, they move with ``.to()``, are saved with ``state_dict`` and may learn. Fixed numbers are buffers,
-since Pyro warns about frozen parameters.
+``base()`` or ``base(context)`` is a Pyro distribution over vectors.
+
+Being modules, they move with ``.to()``, are saved with ``state_dict`` and may learn. Fixed numbers
+are buffers, since Pyro warns about frozen parameters.
 """
 
 import math
@@ -96,7 +98,9 @@ class DiagonalNormal(Base):
             for v in (loc, scale)
         )
         if not (scale > 0).all():
-            raise ValueError(f"{type(self).__name__} expects positive scales; got {scale.tolist()}")
+            raise ValueError(
+                f"{type(self).__name__} expects positive scales; got {scale.tolist()}"
+            )
         if learnable:
             self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(scale.log())
         else:
@@ -121,7 +125,7 @@ class StandardNormal(DiagonalNormal):
 
 
 class StudentT(Base):
-    """Independent Student's t, for tails heavier than a flow with identity tails can make from a normal.
+    """Independent Student's t: heavier tails than a flow with identity tails makes of a normal.
 
     Args:
         event_shape: Shape of one draw, or its length.
@@ -155,8 +159,8 @@ class StudentT(Base):
 class GaussianMixture(Base):
     """A learnable mixture of diagonal normals: modes that a single flow would have to tear apart.
 
-    Means start at random, N(0, 1), from torch's generator. ``rsample`` is pathwise for two or more features
-    (Jankowiak & Karaletsos 2019, arXiv:1806.01856); a single feature has ``sample`` only.
+    Means start at random, N(0, 1), from torch's generator. ``rsample`` is pathwise for two or more
+    features (Jankowiak & Karaletsos 2019, arXiv:1806.01856); a single feature has ``sample`` only.
 
     Args:
         input_dim: Number of features D.
@@ -187,7 +191,9 @@ class GaussianMixture(Base):
 
 
 class ConditionalNormal(Base):
-    """Independent normals whose means and scales a network gives from the context; N(0, 1) at first.
+    """Independent normals whose means and scales a network gives from the context.
+
+    N(0, 1) at first.
 
     Args:
         input_dim: Number of features.

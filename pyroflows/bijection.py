@@ -45,8 +45,8 @@ class Bijection(TransformModule):
         ValueError: If ``context_dim`` is negative.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
     bijective = True
     cheaper_inverse = False  #: whether data-to-noise costs fewer network calls than noise-to-data
 
@@ -79,11 +79,11 @@ class Bijection(TransformModule):
     # --------------------------------------------------------------------------- value and log-det
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``f(x)`` and ``log|det df/dx|``, from one evaluation or from memory."""
+        """Return ``f(x)`` and ``log|det df/dx|``, evaluated once or remembered."""
         return self._both(x, inverse=False)
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the x with ``f(x) = y`` and ``log|det dx/dy|``, from one evaluation or from memory."""
+        """Return the x of ``f(x) = y`` and ``log|det dx/dy|``, evaluated once or remembered."""
         return self._both(y, inverse=True)
 
     def _both(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -239,8 +239,8 @@ class Bijection(TransformModule):
             return torch.broadcast_shapes(batch, context.shape[:-1])
         except RuntimeError:
             raise ValueError(
-                f"{type(self).__name__}: a batch {tuple(batch)} of values does not broadcast with a context "
-                f"of shape {tuple(context.shape)}"
+                f"{type(self).__name__}: a batch {tuple(batch)} of values does not broadcast with "
+                f"a context of shape {tuple(context.shape)}"
             ) from None
 
     # --------------------------------------------------------------------------------------- views
@@ -415,13 +415,11 @@ class Compose(Bijection):
         self, value: Tensor, context: Tensor | None, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         steps = list(zip(self.parts, self._extra_dims, strict=True))
-        total: Tensor | None = None
+        log_dets = []
         for part, extra in reversed(steps) if inverse else steps:
             value, log_det = part._step(value, context, inverse)
-            if extra:
-                log_det = log_det.sum(tuple(range(-extra, 0)))
-            total = log_det if total is None else total + log_det
-        return value, total
+            log_dets.append(log_det.sum(tuple(range(-extra, 0))) if extra else log_det)
+        return value, sum(log_dets[1:], log_dets[0])
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._sweep(x, context, inverse=False)
@@ -438,10 +436,10 @@ class Compose(Bijection):
         return len(self.parts)
 
     def __iter__(self) -> Iterator[Bijection]:
-        return iter(self.parts)
+        yield from self.parts  # type: ignore[misc]
 
     def __getitem__(self, index: int) -> Bijection:
-        return self.parts[index]
+        return self.parts[index]  # type: ignore[return-value]
 
 
 def _chain_shape(parts: Sequence[Bijection]) -> torch.Size | None:
@@ -474,7 +472,7 @@ def _keep_shape(parts: Sequence[Bijection]) -> bool:
 def _chain_dims(
     parts: Sequence[Bijection],
 ) -> tuple[constraints.Constraint, constraints.Constraint, list[int]]:
-    """Domain, codomain, and for each part the event axes to its left that its log-determinant is summed over."""
+    """Domain, codomain, and over how many axes to sum each part's log-determinant."""
     whole = ComposeTransform(list(parts))
     event_dim, extra = whole.domain.event_dim, []
     for part in parts:
@@ -532,7 +530,7 @@ class _Wrapped(Bijection):
 
 
 def _apply_to_plain_tensors(transform: Any, fn: Callable[[Tensor], Tensor]) -> None:
-    """Move the tensors of a transform that is no module, such as ``AffineTransform(loc, scale)``."""
+    """Move the tensors of a transform that is no module, such as torch's ``AffineTransform``."""
     for name, value in vars(transform).items():
         if isinstance(value, Tensor):
             vars(transform)[name] = fn(value)
@@ -593,7 +591,7 @@ def _show_nan(out: Tensor, log_det: Tensor) -> Tensor:
 
 
 class _Entry:
-    """One evaluation: input, output (weakly held) and log-determinant, with all that makes them valid.
+    """One evaluation: input, output (weakly held), log-determinant, and what makes them valid.
 
     It is found only through the output: whoever holds that holds its graph, so nothing is kept
     alive for the memory's sake. A backward pass through the evaluation ends the entry: its graph
@@ -637,7 +635,7 @@ class _Entry:
     def input_of(
         self, owner: Bijection, out: Tensor, inverse: bool
     ) -> tuple[Tensor, Tensor] | None:
-        """Return what ``out`` was made from and the way back's log-determinant, if this entry made it."""
+        """Return what ``out`` was made from, and the log-determinant of the way back, if known."""
         if self.is_inverse == inverse or self.output() is not out or not self._valid(owner, out):
             return None
         return self.input, -self.log_det

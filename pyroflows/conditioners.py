@@ -1,9 +1,10 @@
 """Conditioners: networks ``(x, context) -> θ`` that give a scalar map its parameters.
 
-Every conditioner returns ``(num_params, *batch, *output)``, parameters first, and ends in a zero layer: the scalar
-map starts as the identity. A wide one computes θ feature-major and hands out a view, so that a spline's sums run
-over long contiguous rows (see :mod:`pyroflows.splines`); a narrow one hands out a tuple of tensors, one a parameter,
-whose gradients come together in one copy.
+Every conditioner returns ``(num_params, *batch, *output)``, parameters first, and ends in a zero
+layer: the scalar map starts as the identity. A wide one computes θ feature-major and hands out a
+view, so that a spline's sums run over long contiguous rows (see :mod:`pyroflows.splines`); a
+narrow one hands out a tuple of tensors, one a parameter, whose gradients come together in one
+copy.
 """
 
 import math
@@ -23,14 +24,18 @@ _FEATURE_MAJOR_FROM = 5  # parameters for each scalar from which the feature-maj
 
 
 def default_hidden_dims(input_dim: int, context_dim: int = 0) -> list[int]:
-    """Two layers, ten units a feature, between 32 and 256: wide enough for most tables and posteriors."""
+    """Two layers, ten units a feature, between 32 and 256.
+
+    Wide enough for most tables and posteriors.
+    """
     return [max(32, min(256, 10 * (input_dim + context_dim)))] * 2
 
 
 class _Conditioner(nn.Module):
     """First layer, hidden layers and zero last layer, shared by dense and masked networks.
 
-    All weights are one packed parameter: optimizers and Pyro's param store pay for each tensor, not for its size.
+    All weights are one packed parameter: optimizers and Pyro's param store pay for each tensor,
+    not for its size.
     :meth:`layers` gives the views.
     """
 
@@ -72,7 +77,10 @@ class _Conditioner(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights as ``nn.Linear`` does; zero the last layer, and in residual blocks the second."""
+        """Draw the weights as ``nn.Linear`` does.
+
+        Zero the last layer, and in residual blocks the second.
+        """
         layers, from_context = self._unpack(self.weights)
         for i, (weight, bias) in enumerate(layers):
             limit = 1 / math.sqrt(len(weight))
@@ -90,7 +98,7 @@ class _Conditioner(nn.Module):
         return list(zip(views[::2], views[1::2], strict=True)), from_context
 
     def layers(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        """Return (weight, bias) of each layer, h W + b, and the context's weight, as they are applied."""
+        """Return (W, b) of each layer h W + b, and the context's weight, as they are applied."""
         return self._unpack(self.weights)
 
     def _theta(self, x: Tensor, context: Tensor | None) -> Params:
@@ -100,7 +108,7 @@ class _Conditioner(nn.Module):
         if len(batch) != 1:
             x = x.reshape(batch.numel(), x.shape[-1])
         shift = None
-        if from_context is not None:
+        if from_context is not None and context is not None:
             shift = self._spread(context @ from_context, batch)
         narrow = self.num_params < _FEATURE_MAJOR_FROM
         if type(self.act) is nn.ReLU and not self.residual:
@@ -136,7 +144,7 @@ class _Conditioner(nn.Module):
 
     @staticmethod
     def _spread(shift: Tensor, batch: torch.Size) -> Tensor:
-        """What the context adds, ``(*context batch, width)``, as rows of the batch or as one row for all."""
+        """What the context adds, ``(*context batch, width)``, one row a member or one for all."""
         if shift.dim() == 1:
             return shift
         return shift.expand(*batch, -1).reshape(batch.numel(), shift.shape[-1])
@@ -204,19 +212,22 @@ class Dense(_Conditioner):
 
 
 class Masked(_Conditioner):
-    r"""A masked autoregressive network (MADE): θ of a feature depends only on the features before it.
+    r"""A masked autoregressive network (MADE).
 
-    Hidden units are sorted by their degree m, so that all a unit may see is a prefix of the layer below. That makes
-    the network sequential at little more than the price of one pass: see :meth:`sequential`.
+    Θ of a feature depends only on the features before it.
+
+    Hidden units are sorted by their degree m, so that all a unit may see is a prefix of the layer
+    below. That makes the network sequential at little more than the price of one pass: see
+    :meth:`sequential`.
 
     Args:
         input_dim: Number of features D.
         num_params: Parameters for each feature.
         context_dim: Features of the context, which every unit sees; 0 for none.
-        hidden_dims: Widths; :func:`default_hidden_dims` if None. A width below ``input_dim - 1`` leaves some
-            features without units of their own.
-        order: The features in the order in which they are generated, a permutation of ``range(input_dim)``;
-            the natural one if None.
+        hidden_dims: Widths; :func:`default_hidden_dims` if None. A width below ``input_dim - 1``
+            leaves some features without units of their own.
+        order: The features in the order in which they are generated, a permutation of
+            ``range(input_dim)``; the natural one if None.
         residual: Whether widths after the first are residual blocks of two layers.
         activation: Constructor of the nonlinearity.
 
@@ -258,7 +269,8 @@ class Masked(_Conditioner):
                 f"order must be a permutation of 0..{input_dim - 1}; got {order.tolist()}"
             )
         self.register_buffer("order", order)
-        # m(k): a unit of degree m sees the first m features; the feature of degree d sees units with m < d
+        # m(k): a unit of degree m sees the first m features; the feature of degree d sees units
+        # with m < d
         degree = torch.empty_like(order)
         degree[order] = torch.arange(1, input_dim + 1)
         # without a context a unit of degree 0 would be a constant
@@ -279,7 +291,7 @@ class Masked(_Conditioner):
         self.register_buffer("mask", mask)
 
     def layers(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        """Return (weight, bias) of each layer with the masked weights zero, and the context's weight."""
+        """Return (W, b) of each layer, masked weights zero, and the context's weight."""
         return self._unpack(self.weights * self.mask)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Params:
@@ -289,7 +301,7 @@ class Masked(_Conditioner):
     def sequential(
         self, batch_shape: Sequence[int], context: Tensor | None = None
     ) -> "SequentialPass":
-        """Begin a pass that gives θ of one feature after the other, while their values become known.
+        """Begin a pass that gives θ of one feature after the other, as their values become known.
 
         The whole pass multiplies by each weight once, as one call of the network does.
         """
@@ -299,8 +311,9 @@ class Masked(_Conditioner):
 class SequentialPass:
     """One pass through a :class:`Masked` network, feature after feature in its order.
 
-    Alternate :meth:`params`, θ of the next feature given those before, with :meth:`push`, that feature's value.
-    Only what is newly known is computed. Values are held feature-major, ``(units, batch)``.
+    Alternate :meth:`params`, θ of the next feature given those before, with :meth:`push`, that
+    feature's value. Only what is newly known is computed. Values are held feature-major, ``(units,
+    batch)``.
     """
 
     def __init__(self, net: Masked, batch_shape: torch.Size, context: Tensor | None) -> None:
@@ -321,7 +334,7 @@ class SequentialPass:
         self.acts = [_Rows(len(weight), batch, first, grad) for weight, _ in self.hidden]
         self.act = torch.relu_ if type(net.act) is nn.ReLU and not net.residual else net.act
         self.from_context: Tensor | None = None
-        if from_context is not None:
+        if from_context is not None and context is not None:
             shift = net._spread(context @ from_context, batch_shape)
             self.from_context = shift.view(-1, shift.shape[-1]).t()
         self._advance()
@@ -361,7 +374,10 @@ class SequentialPass:
             self.acts[i + 1].append(self.act(h))
 
     def _linear(self, i: int, begin: int, end: int) -> Tensor:
-        """Units ``begin`` to ``end`` of hidden layer i, before their activation; shape ``(units, batch)``."""
+        """Units ``begin`` to ``end`` of hidden layer i, before their activation.
+
+        Shape ``(units, batch)``.
+        """
         below = (self.acts[i - 1] if i else self.x).so_far()
         weight, bias = self.hidden[i]
         bias = bias[begin:end]
@@ -375,7 +391,10 @@ class SequentialPass:
 
 
 class _Rows:
-    """Rows that arrive block by block: one buffer without gradients, concatenated blocks with them."""
+    """Rows that arrive block by block.
+
+    One buffer without gradients, concatenated blocks with them.
+    """
 
     def __init__(self, size: int, batch: int, like: Tensor, grad: bool) -> None:
         self.batch, self.count = batch, 0
@@ -484,8 +503,8 @@ class Conv(nn.Module):
             nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:], strict=False)
         )
         self.last = nn.Conv2d(widths[-1], num_params * out_channels, kernel_size, padding=pad)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for zero in self.last.parameters():
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return θ of shape ``(num_params, *batch, out_channels, height, width)``."""

@@ -22,7 +22,10 @@ _OWNERS: "weakref.WeakValueDictionary[str, Flow]" = weakref.WeakValueDictionary(
 
 
 class FlowDistribution(TransformedDistribution):
-    """A flow's distribution: Pyro's ``TransformedDistribution``, whose ``log_prob`` is a single sweep."""
+    """A flow's distribution.
+
+    Pyro's ``TransformedDistribution``, whose ``log_prob`` is a single sweep.
+    """
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of each value, in nats; shape ``sample_shape + batch_shape``."""
@@ -34,10 +37,12 @@ class FlowDistribution(TransformedDistribution):
 
 
 class Flow(PyroModule):
-    r"""A distribution made by a bijection from a simple one: :math:`y = f(x; c),\ x \sim \text{base}(c)`.
+    r"""A distribution made by a bijection from a simple one: :math:`y = f(x.
 
-    ``flow()`` or ``flow(context)`` is a Pyro distribution. Inside a Pyro model or guide the call also registers the
-    parameters, so nothing else is needed to learn them::
+    C),\ x \sim \text{base}(c)`.
+
+    ``flow()`` or ``flow(context)`` is a Pyro distribution. Inside a Pyro model or guide the call
+    also registers the parameters, so nothing else is needed to learn them::
 
         flow = neural_spline(2)
         def model(data):
@@ -47,9 +52,11 @@ class Flow(PyroModule):
     A context of shape ``(*batch, context_dim)`` gives a distribution with that batch shape.
 
     Args:
-        base: Number of features (a standard normal), a distribution, or a module of :mod:`pyroflows.bases`.
+        base: Number of features (a standard normal), a distribution, or a module of
+            :mod:`pyroflows.bases`.
         transforms: A bijection, or a sequence of them from noise to data.
-        name: Name for Pyro's param store, where the flow is not an attribute of another ``PyroModule``.
+        name: Name for Pyro's param store, where the flow is not an attribute of another
+            ``PyroModule``.
 
     Raises:
         ValueError: If base and transforms disagree on the event shape or on ``context_dim``.
@@ -104,9 +111,12 @@ class Flow(PyroModule):
         return self.distribution(context)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
-        """Return the distribution without telling Pyro; arguments and errors as in :meth:`forward`."""
+        """Return the distribution without telling Pyro.
+
+        Arguments and errors as in :meth:`forward`.
+        """
         self._check_context(context)
-        base, transform = self._modules["base"], self._modules["transform"]
+        base, transform = self._parts()
         if context is not None:
             transform = transform.condition(context)
         noise = base(context) if getattr(base, "context_dim", 0) else base()
@@ -138,13 +148,17 @@ class Flow(PyroModule):
     @property
     def event_shape(self) -> torch.Size:
         """Shape of one draw."""
-        base, transform = self._modules["base"], self._modules["transform"]
+        base, transform = self._parts()
         return transform._map_shape(torch.Size(base.event_shape), inverse=False)
 
     @property
     def support(self) -> constraints.Constraint:
         """Where the draws lie."""
-        return self._modules["transform"].codomain
+        return self._parts()[1].codomain
+
+    def _parts(self) -> tuple[nn.Module, Bijection]:
+        """Base and transform, past PyroModule's attributes, which tell Pyro of each access."""
+        return self._modules["base"], self._modules["transform"]  # type: ignore[return-value]
 
     def _check_context(self, context: Tensor | None) -> None:
         if context is None and self.context_dim:
@@ -173,7 +187,10 @@ class Flow(PyroModule):
         pyro.module(name, self)
 
     def _claim(self, name: str) -> None:
-        """Make ``name`` in the param store this flow's: take over loaded values, refuse a living flow's."""
+        """Make ``name`` in the param store this flow's.
+
+        Take over loaded values, refuse a living flow's.
+        """
         store, owner = pyro.get_param_store(), _OWNERS.get(name)
         _OWNERS[name] = self
         if owner is self:
@@ -189,8 +206,8 @@ class Flow(PyroModule):
             _OWNERS[name] = owner
             raise RuntimeError(
                 f"two flows use the name {name!r} in Pyro's param store and would share "
-                f"parameters: give each its own, Flow(..., name=...), or make them attributes of a "
-                f"PyroModule; pyro.clear_param_store() forgets the first"
+                f"parameters: give each its own, Flow(..., name=...), or make them attributes of "
+                f"a PyroModule; pyro.clear_param_store() forgets the first"
             )
         for key, parameter in self._named_keys(name):
             if key in stored:

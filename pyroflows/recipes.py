@@ -1,10 +1,14 @@
-"""Ready-made flows: each recipe returns a :class:`pyroflows.flow.Flow` with defaults that are good, not minimal.
+"""Ready-made flows.
 
-Every recipe takes ``(input_dim, context_dim=0, *, num_transforms, hidden_dims, base, name)``. All start as their base
-distribution (the identity), except Glow, whose first batch of data sets its ActNorm layers.
+Each recipe returns a :class:`pyroflows.flow.Flow` with defaults that are good, not minimal.
 
-Which one: ``neural_spline`` for densities and guides; ``realnvp`` where every microsecond counts; ``maf`` for densities
-that are never sampled in an inner loop; ``iaf`` for guides; ``nice`` for volume preservation up to a scaling.
+Every recipe takes ``(input_dim, context_dim=0, *, num_transforms, hidden_dims, base, name)``. All
+start as their base distribution (the identity), except Glow, whose first batch of data sets its
+ActNorm layers.
+
+Which one: ``neural_spline`` for densities and guides; ``realnvp`` where every microsecond counts;
+``maf`` for densities that are never sampled in an inner loop; ``iaf`` for guides; ``nice`` for
+volume preservation up to a scaling.
 """
 
 from collections.abc import Sequence
@@ -86,7 +90,9 @@ def nice(
     """
     hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
     kwargs = dict(hidden_dims=hidden_dims, context_dim=context_dim, **network)
-    couplings = [additive_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)]
+    couplings = [
+        additive_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)
+    ]
     return _flow(base, input_dim, [*couplings, elementwise_scale(input_dim)], name)
 
 
@@ -109,7 +115,9 @@ def realnvp(
     """
     hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
     kwargs = dict(hidden_dims=hidden_dims, context_dim=context_dim, **network)
-    couplings = [affine_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)]
+    couplings = [
+        affine_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)
+    ]
     return _flow(base, input_dim, couplings, name)
 
 
@@ -150,8 +158,8 @@ def glow(
 ) -> Flow:
     """Glow on vectors: ``num_transforms`` times :func:`glow_step`; arguments as in :func:`nice`.
 
-    One network call a step in either direction. The first batch whose density is asked for in training mode sets
-    the ActNorm layers.
+    One network call a step in either direction. The first batch whose density is asked for in
+    training mode sets the ActNorm layers.
 
     References:
         Kingma, Dhariwal (2018), Glow. arXiv:1807.03039
@@ -164,7 +172,10 @@ def glow(
 
 
 def _orders(input_dim: int, count: int) -> list[Tensor]:
-    """The natural order and its reverse in turn: what is last in one layer is first in the next."""
+    """The natural order and its reverse in turn.
+
+    What is last in one layer is first in the next.
+    """
     natural = torch.arange(input_dim)
     return [natural if i % 2 == 0 else natural.flip(0) for i in range(count)]
 
@@ -179,16 +190,21 @@ def iaf(
     name: str | None = None,
     **network: Any,
 ) -> Flow:
-    """Inverse autoregressive flow: one network call a layer to sample, D short steps for a foreign density.
+    """Inverse autoregressive flow.
+
+    One network call a layer to sample, D short steps for a foreign density.
 
     The density of its own draws is free. Arguments as in :func:`nice`.
 
     References:
-        Kingma et al. (2016), Improving variational inference with inverse autoregressive flow. arXiv:1606.04934
+        Kingma et al. (2016), Improving variational inference with inverse autoregressive flow.
+        arXiv:1606.04934
     """
     hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
     layers = [
-        affine_autoregressive(input_dim, hidden_dims, permutation=o, context_dim=context_dim, **network)
+        affine_autoregressive(
+            input_dim, hidden_dims, permutation=o, context_dim=context_dim, **network
+        )
         for o in _orders(input_dim, num_transforms)
     ]
     return _flow(base, input_dim, layers, name)
@@ -204,7 +220,9 @@ def maf(
     name: str | None = None,
     **network: Any,
 ) -> Flow:
-    """Masked autoregressive flow: one network call a layer for a density, D short steps for a sample.
+    """Masked autoregressive flow.
+
+    One network call a layer for a density, D short steps for a sample.
 
     Arguments as in :func:`nice`.
 
@@ -234,10 +252,13 @@ def neural_spline(
     name: str | None = None,
     **network: Any,
 ) -> Flow:
-    """Neural spline flow: rational-quadratic couplings, or autoregressive layers, and a free scaling of the data.
+    """Neural spline flow.
 
-    Couplings cost one network call a layer in either direction; autoregressive layers one for a density, D short
-    steps for a sample. Splines act within ±``bound`` base standard deviations and are the identity beyond.
+    Rational-quadratic couplings, or autoregressive layers, and a free scaling of the data.
+
+    Couplings cost one network call a layer in either direction; autoregressive layers one for a
+    density, D short steps for a sample. Splines act within ±``bound`` base standard deviations and
+    are the identity beyond.
 
     Args:
         input_dim: Number of features.

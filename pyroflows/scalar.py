@@ -5,9 +5,10 @@ Each is a frozen dataclass with ``num_params`` and two methods::
     y, log_slope = g.forward(x, params)     # log_slope = log|dy/dx|
     x, log_slope = g.inverse(y, params)     # log_slope = log|dx/dy|
 
-Parameters come first: ``params`` is ``(num_params, *shape)``, a tensor or a tuple of tensors, where ``shape``
-broadcasts with that of x, so that ``shift, raw = params`` unpacks. Every map is the identity at θ = 0 and takes the dtype and device of its inputs.
-Splines, which are longer, live in :mod:`pyroflows.splines` under the same contract.
+Parameters come first: ``params`` is ``(num_params, *shape)``, a tensor or a tuple of tensors,
+where ``shape`` broadcasts with that of x, so that ``shift, raw = params`` unpacks. Every map is
+the identity at θ = 0 and takes the dtype and device of its inputs. Splines, which are longer, live
+in :mod:`pyroflows.splines` under the same contract.
 """
 
 from dataclasses import dataclass
@@ -64,13 +65,18 @@ class _Scaling:
             raise ValueError(f"{type(self).__name__} expects bound > 0; got {self.bound}")
 
     def _log_scale(self, raw: Tensor, sign: int = 1) -> Tensor:
-        """Smooth, of slope one at 0 and never beyond ±bound: gradients never leave, scales never overflow."""
+        """Smooth, of slope one at 0 and never beyond ±bound.
+
+        Gradients never leave, scales never overflow.
+        """
         return (raw * (1 / self.bound)).tanh() * (sign * self.bound)
 
 
 @dataclass(frozen=True)
 class Affine(_Scaling):
-    """y = exp(s) x + t with |s| < bound, s = bound tanh(raw / bound) (RealNVP, Dinh et al. 2017, eq. 8).
+    """y = exp(s) x + t with |s| < bound, s = bound tanh(raw / bound) (RealNVP, Dinh et al.
+
+    2017, eq. 8).
 
     Args:
         bound: Largest |s|, in nats; arXiv:1605.08803 leaves s unbounded, which overflows.
@@ -98,7 +104,9 @@ class Affine(_Scaling):
 
 @dataclass(frozen=True)
 class Scale(_Scaling):
-    """y = exp(s) x with |s| < bound (NICE's diagonal scaling, Dinh et al. 2015, section 3.3). arXiv:1410.8516.
+    """y = exp(s) x with |s| < bound (NICE's diagonal scaling, Dinh et al. 2015, section 3.3).
+
+    ArXiv:1410.8516.
 
     Args:
         bound: Largest |s|, in nats.

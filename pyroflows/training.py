@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ class History:
     Attributes:
         train_loss: One for each epoch, averaged over its steps.
         valid_loss: One for each epoch; empty without a validation part.
-        best_epoch: Epoch, counted from 0, whose state was kept; -1 if it is the state before training.
+        best_epoch: Epoch, counted from 0, whose state was kept; -1 if it is the state before
+            training.
         best_valid_loss: Validation loss of that state; NaN without a validation part.
         skipped_steps: Steps left out because loss or gradient was not finite.
         stopped_early: Whether patience ran out before the epochs did.
@@ -39,7 +41,9 @@ class History:
         """Sum the run up in a line."""
         loss = self.best_valid_loss if self.valid_loss else (self.train_loss or [math.nan])[-1]
         what = "validation" if self.valid_loss else "training"
-        notes = [f"{what} loss {loss:.4f} nats at epoch {self.best_epoch + 1} of {len(self.train_loss)}"]
+        notes = [
+            f"{what} loss {loss:.4f} nats at epoch {self.best_epoch + 1} of {len(self.train_loss)}"
+        ]
         if self.stopped_early:
             notes.append("stopped early")
         if self.interrupted:
@@ -52,14 +56,20 @@ class History:
 def make_adam(
     parameters: Sequence[Tensor], lr: float, *, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Return Adam, fused where the device has it: a third to a sixth of the default's time on the CPU."""
+    """Return Adam, fused where the device has it.
+
+    A third to a sixth of the default's time on the CPU.
+    """
     parameters = list(parameters)
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def warmup_cosine(step: int, num_steps: int, *, warmup: float = 0.02) -> float:
-    """Return the factor of the learning rate: linear up over the first part, then half a cosine to zero."""
+    """Return the factor of the learning rate.
+
+    Linear up over the first part, then half a cosine to zero.
+    """
     rise = max(1, round(warmup * num_steps))
     if step < rise:
         return (step + 1) / rise
@@ -83,21 +93,26 @@ def fit(
     seed: int = 0,
     progress: bool = True,
 ) -> History:
-    """Fit a flow to data by maximum likelihood; the flow is left in its best state, in evaluation mode.
+    """Fit a flow to data by maximum likelihood.
 
-    Minibatches with Adam (fused), linear warm-up and cosine to zero, clipped gradients. A step whose loss or
-    gradient is not finite is skipped and counted. After each epoch the validation part is scored: the best state is
-    kept, and training stops when ``patience`` epochs bring nothing better. Ctrl-C keeps the best state too.
+    The flow is left in its best state, in evaluation mode.
+
+    Minibatches with Adam (fused), linear warm-up and cosine to zero, clipped gradients. A step
+    whose loss or gradient is not finite is skipped and counted. After each epoch the validation
+    part is scored: the best state is kept, and training stops when ``patience`` epochs bring
+    nothing better. Ctrl-C keeps the best state too.
 
     Args:
         flow: Anything with ``log_prob(x, context)`` that is a module, such as a recipe's result.
-        x: Data, shape ``(n, *event)``; arrays are taken too. Flows learn fastest on data of unit scale.
+        x: Data, shape ``(n, *event)``; arrays are taken too. Flows learn fastest on data of unit
+            scale.
         context: One context for each row, shape ``(n, context_dim)``.
         num_epochs: Sweeps over the training part, at most.
         batch_size: Rows a step; None for about n / 20, between 32 and 512.
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay (AdamW).
-        validation: Fraction of rows held out, 0 for none, or a pair ``(x,)`` / ``(x, context)`` of its own.
+        validation: Fraction of rows held out, 0 for none, or a pair ``(x,)`` / ``(x, context)`` of
+            its own.
         patience: Epochs without improvement before stopping.
         clip_norm: Largest norm of a gradient.
         sample_weight: Non-negative weight of each row, shape ``(n,)``.
@@ -117,16 +132,16 @@ def fit(
     like = next((p for p in flow.parameters()), None)
     if like is None:
         raise ValueError("fit: the flow has no parameters to learn")
-    x, context, weight = _as_rows(like, x, context, sample_weight)
-    generator = torch.Generator().manual_seed(seed)
+    train, generator = _as_rows(like, x, context, sample_weight), torch.Generator()
+    generator.manual_seed(seed)
+    held: _Rows | None
     if isinstance(validation, tuple):
         held = _as_rows(like, validation[0], *validation[1:2])
-        train = (x, context, weight)
+    elif 0 <= validation < 1:
+        held, train = _split(train, validation, generator)
     else:
-        if not 0 <= validation < 1:
-            raise ValueError(f"fit: validation must be in [0, 1) or a tuple; got {validation}")
-        held, train = _split((x, context, weight), validation, generator)
-    n = len(train[0])
+        raise ValueError(f"fit: validation must be in [0, 1) or a tuple; got {validation}")
+    n = len(train.x)
     if n < 2:
         raise ValueError(f"fit needs at least 2 training rows; got {n}")
     batch_size = min(n, batch_size or max(32, min(512, n // 20)))
@@ -142,9 +157,10 @@ def fit(
         try:
             for epoch in bar:
                 flow.train()
-                if epoch == 0:  # data-dependent initialization sees the data once, before anything is scored
+                # data-dependent initialization sees the data once, before anything is scored
+                if epoch == 0:
                     with torch.no_grad():
-                        flow.log_prob(*_rows(train[:2], slice(0, min(n, 8 * batch_size))))
+                        flow.log_prob(*train.part(slice(8 * batch_size))[:2])
                     best.offer(-1, _score(flow, held), history)
                     flow.train()
                 losses = []
@@ -182,17 +198,29 @@ def fit(
     return history
 
 
+class _Rows(NamedTuple):
+    """Data, context and weights, one row each."""
+
+    x: Tensor
+    context: Tensor | None
+    weight: Tensor | None
+
+    def part(self, index: Tensor | slice) -> "_Rows":
+        """Return some of the rows."""
+        x, context, weight = (None if v is None else v[index] for v in self)
+        return _Rows(cast(Tensor, x), context, weight)
+
+
 def _step(
     flow: nn.Module,
-    batch: tuple[Tensor, Tensor | None, Tensor | None],
+    batch: _Rows,
     optimizer: torch.optim.Optimizer,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     clip_norm: float,
 ) -> float | None:
     """One optimizer step; None if loss or gradient is not finite."""
-    x, context, weight = batch
     optimizer.zero_grad(set_to_none=True)
-    log_prob = flow.log_prob(x, context)
+    log_prob, weight = flow.log_prob(batch.x, batch.context), batch.weight
     if weight is None:
         loss = -log_prob.mean()
     else:
@@ -205,20 +233,20 @@ def _step(
     return loss.item()
 
 
-def _score(flow: nn.Module, rows: tuple[Tensor | None, ...] | None, chunk: int = 8192) -> float:
+def _score(flow: nn.Module, rows: _Rows | None, chunk: int = 8192) -> float:
     """Mean negative log-density in evaluation mode; NaN for no rows."""
     if rows is None:
         return math.nan
     flow.eval()
-    x, context, *weights = rows
-    weight = weights[0] if weights and weights[0] is not None else torch.ones_like(x.flatten(1)[:, 0])
-    total = 0.0
+    total, weights = 0.0, 0.0
     with torch.no_grad():
-        for i in range(0, len(x), chunk):
-            part = slice(i, i + chunk)
-            log_prob = flow.log_prob(*_rows((x, context), part))
-            total -= float((weight[part].double() * log_prob.double()).sum())
-    return total / max(float(weight.double().sum()), 1e-300)
+        for i in range(0, len(rows.x), chunk):
+            x, context, weight = rows.part(slice(i, i + chunk))
+            log_prob = flow.log_prob(x, context).double()
+            weight = torch.ones_like(log_prob) if weight is None else weight.double()
+            total -= (weight * log_prob).sum().item()
+            weights += weight.sum().item()
+    return total / max(weights, 1e-300)
 
 
 class _Best:
@@ -249,55 +277,50 @@ def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:
 
 def _as_rows(
     like: Tensor, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Data, context and weights as finite tensors of the flow's dtype and device, one row each."""
+) -> _Rows:
+    """Data, context and weights as finite tensors of the flow's dtype and device."""
     x = torch.as_tensor(x)
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"fit expects real numbers; got {x.dtype}")
     if x.dim() < 2:
         raise ValueError(f"fit expects x of shape (n, *event); got {tuple(x.shape)}")
-    rows: list[Tensor | None] = []
-    for name, value in (("x", x), ("context", context), ("sample_weight", weight)):
-        if value is None:
-            rows.append(None)
-            continue
+
+    def checked(name: str, value: Tensor) -> Tensor:
         value = torch.as_tensor(value).to(like.device, like.dtype)
         if len(value) != len(x):
             raise ValueError(f"fit: x has {len(x)} rows, but {name} has {len(value)}")
-        bad = int((~value.reshape(len(value), -1).isfinite().all(-1)).sum()) if len(value) else 0
+        finite = value.isfinite().reshape(len(value), math.prod(value.shape[1:])).all(-1)
+        bad = int((~finite).sum())
         if bad:
             raise ValueError(
                 f"fit: {bad} rows of {name} have missing or infinite values; drop or impute them"
             )
-        rows.append(value)
-    if weight is not None and bool((rows[2] < 0).any()):
+        return value
+
+    rows = _Rows(
+        checked("x", x),
+        None if context is None else checked("context", context),
+        None if weight is None else checked("sample_weight", weight),
+    )
+    if rows.weight is not None and bool((rows.weight < 0).any()):
         raise ValueError("fit: sample_weight must not be negative")
-    return rows[0], rows[1], rows[2]
+    return rows
 
 
-def _rows(values: Sequence[Tensor | None], index: Tensor | slice) -> tuple[Tensor | None, ...]:
-    return tuple(None if v is None else v[index] for v in values)
-
-
-def _split(
-    rows: tuple[Tensor | None, ...], fraction: float, generator: torch.Generator
-) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor | None, ...]]:
-    n = len(rows[0])
+def _split(rows: _Rows, fraction: float, generator: torch.Generator) -> tuple[_Rows | None, _Rows]:
+    n = len(rows.x)
     count = round(fraction * n)
     if fraction and not count:
         raise ValueError(
             f"fit: {n} rows are too few to hold out {fraction:.0%}; pass validation=0"
         )
-    order = torch.randperm(n, generator=generator).to(rows[0].device)
-    held = _rows(rows, order[:count]) if count else None
-    return held, _rows(rows, order[count:])
+    order = torch.randperm(n, generator=generator).to(rows.x.device)
+    return (rows.part(order[:count]) if count else None), rows.part(order[count:])
 
 
-def _minibatches(
-    rows: tuple[Tensor | None, ...], size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor | None, ...]]:
+def _minibatches(rows: _Rows, size: int, generator: torch.Generator) -> Iterator[_Rows]:
     """Full batches in random order; the rest of an epoch takes part in the next shuffle."""
-    n = len(rows[0])
-    order = torch.randperm(n, generator=generator).to(rows[0].device)
+    n = len(rows.x)
+    order = torch.randperm(n, generator=generator).to(rows.x.device)
     for i in range(0, n - size + 1, size):
-        yield _rows(rows, order[i : i + size])
+        yield rows.part(order[i : i + size])

@@ -1,4 +1,7 @@
-"""THE dictionary of transforms: a new transform is a new line here, and the harness does the rest."""
+"""THE dictionary of transforms.
+
+A new transform is a new line here, and the harness does the rest.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,9 +87,7 @@ CASES: dict[str, Case] = {
         lambda c: T.linear(4, [8], [2, 0, 3, 1], context_dim=c), (4,), identity=False
     ),
     "linear_channels": Case(lambda c: T.linear((3, 2, 2), [8], dim=-3, context_dim=c), (3, 2, 2)),
-    "lower_cholesky_affine": Case(
-        lambda c: T.lower_cholesky_affine(3, [8], context_dim=c), (3,)
-    ),
+    "lower_cholesky_affine": Case(lambda c: T.lower_cholesky_affine(3, [8], context_dim=c), (3,)),
     # behind an affine map, since a rotation of N(0, I) has no gradient of its likelihood
     "householder": Case(
         lambda c: Compose(
@@ -148,7 +149,9 @@ CASES: dict[str, Case] = {
         (4,),
     ),
     "wrapped": Case(
-        lambda c: Compose([T.affine_coupling(3, [8], context_dim=c), torch.distributions.ExpTransform()]),
+        lambda c: Compose(
+            [T.affine_coupling(3, [8], context_dim=c), torch.distributions.ExpTransform()]
+        ),
         (3,),
         identity=False,
     ),

@@ -99,7 +99,10 @@ def test_recipe_shapes_and_gradients(recipe, input_dim, context_dim, dtype):
     loss = -flow.log_prob(y.detach(), context).mean() + flow.rsample(8, context).square().mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
-    assert flow.log_prob(torch.empty(0, *batch, input_dim, dtype=dtype), context).shape == (0, *batch)
+    assert flow.log_prob(torch.empty(0, *batch, input_dim, dtype=dtype), context).shape == (
+        0,
+        *batch,
+    )
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "glow"])
@@ -132,7 +135,9 @@ def test_copies(recipe):
     fresh.load_state_dict(flow.state_dict())
     torch.testing.assert_close(fresh.eval().log_prob(x, c), before)
     with pytest.raises(RuntimeError, match="state_dict|size mismatch"):
-        RECIPES[recipe](4, 2, num_transforms=2, hidden_dims=[16, 16]).load_state_dict(flow.state_dict())
+        RECIPES[recipe](4, 2, num_transforms=2, hidden_dims=[16, 16]).load_state_dict(
+            flow.state_dict()
+        )
 
 
 def test_bad_input_is_named():
@@ -142,7 +147,9 @@ def test_bad_input_is_named():
         flow(torch.randn(4, 2))
     with pytest.raises(ValueError, match="needs a context"):
         conditional.log_prob(x)
-    with pytest.raises(ValueError, match=r"expects a context of shape \(\.\.\., 2\); got \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"expects a context of shape \(\.\.\., 2\); got \(4, 5\)"
+    ):
         conditional(torch.randn(4, 5))
     with pytest.raises(ValueError, match=r"\(\.\.\., 3\).*got \(4, 2\)"):
         flow.log_prob(torch.randn(4, 2))
@@ -170,7 +177,7 @@ def test_conditional_base():
         assert abs(integral(flow, c[0]) - 1) < 1e-2
 
 
-# ---------------------------------------------------------------------------------------------- inside Pyro
+# ------------------------------------------------------------------------------------- inside Pyro
 
 
 def test_model_with_flow_likelihood_learns():
@@ -214,7 +221,7 @@ def test_two_unnamed_flows_do_not_share_parameters():
     first, second = pf.realnvp(2), pf.realnvp(2)
     poutine.trace(lambda: pyro.sample("x", first())).get_trace()
     with pytest.raises(RuntimeError, match="name="):
-        poutine.trace(lambda: pyro.sample("x", second())).get_trace()
+        poutine.trace(second).get_trace()
     named = pf.realnvp(2, name="second")
     poutine.trace(lambda: (pyro.sample("x", first()), pyro.sample("y", named()))).get_trace()
     names = set(pyro.get_param_store().keys())
@@ -223,7 +230,7 @@ def test_two_unnamed_flows_do_not_share_parameters():
 
 def test_values_loaded_into_the_param_store_are_used(tmp_path):
     first = trained_like(pf.realnvp(2, name="prior"))
-    poutine.trace(lambda: pyro.sample("x", first())).get_trace()
+    poutine.trace(first).get_trace()
     pyro.get_param_store().save(tmp_path / "params.pt")
     x = torch.randn(3, 2)
     expected = first.log_prob(x).detach()
@@ -305,7 +312,9 @@ def test_threads_get_their_own_answers():
     assert not wrong
 
 
-@pytest.mark.parametrize("recipe", ["realnvp", "maf", "neural_spline", "neural_spline_autoregressive"])
+@pytest.mark.parametrize(
+    "recipe", ["realnvp", "maf", "neural_spline", "neural_spline_autoregressive"]
+)
 def test_log_prob_compiles_to_one_graph(recipe):
     flow, x = make(recipe, 4), torch.randn(32, 4)
     compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
@@ -314,5 +323,7 @@ def test_log_prob_compiles_to_one_graph(recipe):
     direct = torch.compile(lambda x: flow().log_prob(x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(direct(x), flow.log_prob(x))
     gradient = torch.autograd.grad(direct(x).sum(), flow.parameters())
-    for a, b in zip(gradient, torch.autograd.grad(flow.log_prob(x).sum(), flow.parameters()), strict=True):
+    for a, b in zip(
+        gradient, torch.autograd.grad(flow.log_prob(x).sum(), flow.parameters()), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

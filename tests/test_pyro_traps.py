@@ -81,7 +81,7 @@ def test_log_prob_of_a_sample_has_a_gradient(name, context_dim):
 
 @each_kind
 def test_through_pyros_containers(name, context_dim):
-    """ComposeTransform, ConditionalComposeTransformModule and the conditional distribution give the same density."""
+    """Pyro's ways to compose and to condition give the same density."""
     t, d = distribution(name, context_dim)
     y = d.sample(() if context_dim else (4,))
     expected = d.log_prob(y)
@@ -117,7 +117,9 @@ def test_pyro_modules_of_transforms(kind):
     if kind is T.Compose:
         module = PyroModule[kind](list(t.parts))
     elif kind is T.Coupling:
-        module = PyroModule[kind](t.scalar, t.conditioner, [False, False, True, True, True], context_dim=2)
+        module = PyroModule[kind](
+            t.scalar, t.conditioner, [False, False, True, True, True], context_dim=2
+        )
     elif kind is T.Autoregressive:
         module = PyroModule[kind](t.scalar, t.conditioner, context_dim=2)
     else:

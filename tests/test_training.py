@@ -1,4 +1,7 @@
-"""Maximum likelihood: it finds known densities, keeps the best state and refuses what it cannot use."""
+"""Maximum likelihood.
+
+It finds known densities, keeps the best state and refuses what it cannot use.
+"""
 
 import math
 
@@ -122,5 +125,6 @@ def test_glow_initializes_on_data():
     x, _ = correlated(500)
     flow = pf.glow(2, num_transforms=2, hidden_dims=[16])
     history = fit(flow, 100 + 50 * x, num_epochs=5, lr=1e-3)
-    # the normal fitted to the data has about this entropy; an uninitialized flow is thousands of nats off
+    # the normal fitted to the data has about this entropy; an uninitialized flow is thousands of
+    # nats off
     assert history.valid_loss[0] < 15

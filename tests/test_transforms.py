@@ -40,7 +40,7 @@ def distribution(name, context_dim, batch=()):
 
 
 def jacobian_log_det(function, x, event_dim):
-    """log|det| of each batch member's Jacobian, by as many backward passes as there are outputs."""
+    """log|det| of each batch member's Jacobian, one backward pass an output."""
     x = x.clone().requires_grad_()
     y = function(x)
     batch = x.shape[: x.dim() - event_dim]
@@ -142,7 +142,7 @@ def test_every_parameter_gets_a_gradient(name, context_dim):
 
 @each_kind
 def test_gradients_agree_in_both_directions(name, context_dim):
-    """The density's gradient is the same read off the forward or the inverse pass (implicit function theorem)."""
+    """The inverse's Jacobian is the inverse of the Jacobian."""
     t = build(name, context_dim)
     c = contexts(context_dim, 4)
     x = noise(name, 4).requires_grad_()
@@ -194,7 +194,9 @@ def test_network_calls(name, context_dim):
     d.log_prob(y.detach())
     assert len(calls) <= len(networks)
     calls.clear()
-    conditional = dist.ConditionalTransformedDistribution(standard_normal(tuple(noise(name).shape)), [t])
+    conditional = dist.ConditionalTransformedDistribution(
+        standard_normal(tuple(noise(name).shape)), [t]
+    )
     conditional.condition(contexts(context_dim, 6)).log_prob(y.detach())
     assert len(calls) <= len(networks)
 
@@ -237,7 +239,11 @@ def test_nan_stays_in_its_row_and_shows(name, context_dim):
     x[2].view(-1)[-1] = math.nan
     t = view(name, context_dim, (5,))
     for move in (t.forward_and_log_det, t.inverse_and_log_det):
-        value = x if move == t.forward_and_log_det else torch.where(x.isnan(), x, t._call(noise(name, 5)))
+        value = (
+            x
+            if move == t.forward_and_log_det
+            else torch.where(x.isnan(), x, t._call(noise(name, 5)))
+        )
         out, log_det = move(value)
         bad = torch.arange(5) == 2
         assert torch.equal(out.flatten(1).isnan().any(-1), bad)
@@ -274,7 +280,9 @@ def test_svi_lowers_the_loss(name, context_dim):
     target, c = build(name, context_dim), contexts(context_dim, 64)
     disturb(target, torch.Generator().manual_seed(9), 0.5)
     base = standard_normal(tuple(noise(name).shape))
-    data = dist.TransformedDistribution(base, [target.condition(c)]).sample(() if context_dim else (64,))
+    data = dist.TransformedDistribution(base, [target.condition(c)]).sample(
+        () if context_dim else (64,)
+    )
 
     def model():
         pyro.module("t", t)

@@ -12,7 +12,10 @@ __all__ = ["conditional", "spline_map"]
 
 
 def conditional(factory: Callable[..., Bijection]) -> Callable[..., Bijection]:
-    """Return the factory under Pyro's conditional signature: ``context_dim`` is the second argument."""
+    """Return the factory under Pyro's conditional signature.
+
+    ``context_dim`` is the second argument.
+    """
 
     @wraps(factory)
     def make(input_dim: Any, context_dim: int, *args: Any, **kwargs: Any) -> Bijection:

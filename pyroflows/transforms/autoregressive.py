@@ -1,4 +1,7 @@
-"""Autoregressive transforms: every feature moved by parameters that the features before it set. MAF and IAF."""
+"""Autoregressive transforms: every feature moved by parameters that the features before it set.
+
+MAF and IAF.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,29 +30,29 @@ class Autoregressive(Bijection):
 
     .. math:: y_i = g\big(x_i;\, \theta_i(x_{<i}, c)\big)
 
-    One network call from x to y. From y to x the features come one after the other; units are computed as they
-    become known, so all D steps together multiply by each weight once. Gradients are exact in both directions.
-    As it stands it is an inverse autoregressive flow (fast samples); its ``inv`` is a masked autoregressive flow
-    (fast densities). The identity at initialization.
+    One network call from x to y. From y to x the features come one after the other; units are
+    computed as they become known, so all D steps together multiply by each weight once. Gradients
+    are exact in both directions. As it stands it is an inverse autoregressive flow (fast samples);
+    its ``inv`` is a masked autoregressive flow (fast densities). The identity at initialization.
 
     Args:
         scalar: The map :math:`g`; see :mod:`pyroflows.scalar`.
-        conditioner: A :class:`pyroflows.conditioners.Masked` network with ``scalar.num_params`` parameters.
+        conditioner: A :class:`pyroflows.conditioners.Masked` network with ``scalar.num_params``
+            parameters.
         context_dim: Features of the context ``c``, shape ``(*batch, context_dim)``; 0 for none.
 
     Raises:
         ValueError: If scalar and conditioner disagree on the number of parameters.
 
     References:
-        Kingma et al. (2016), Improving variational inference with inverse autoregressive flow. arXiv:1606.04934
-        Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow. arXiv:1705.07057
+        Kingma et al. (2016), Improving variational inference with inverse autoregressive flow.
+        arXiv:1606.04934 Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow.
+        arXiv:1705.07057
     """
 
     autoregressive = True
 
-    def __init__(
-        self, scalar: ScalarMap, conditioner: Masked, *, context_dim: int = 0
-    ) -> None:
+    def __init__(self, scalar: ScalarMap, conditioner: Masked, *, context_dim: int = 0) -> None:
         if conditioner.num_params != scalar.num_params:
             raise ValueError(
                 f"Autoregressive: {scalar} takes {scalar.num_params} parameters a feature; "
@@ -91,10 +94,11 @@ def autoregressive(
 
     Args:
         scalar: The map; see :mod:`pyroflows.scalar`.
-        input_dim: Number of features D. A single one depends on nothing before it: the result is then the
-            elementwise map, whose parameters are free or depend on the context alone.
+        input_dim: Number of features D. A single one depends on nothing before it: the result is
+            then the elementwise map, whose parameters are free or depend on the context alone.
         hidden_dims: Widths of the network; two layers of ten units a feature, 32 to 256, if None.
-        permutation: The features in the order in which they depend on each other; the natural one if None.
+        permutation: The features in the order in which they depend on each other; the natural one
+            if None.
         context_dim: Features of the context; 0 for none.
         **network: ``residual`` and ``activation`` of :class:`pyroflows.conditioners.Masked`.
 
@@ -104,9 +108,7 @@ def autoregressive(
     if input_dim < 1:
         raise ValueError(f"input_dim must be positive; got {input_dim}")
     if input_dim == 1:
-        return elementwise(
-            scalar, 1, context_dim=context_dim, hidden_dims=hidden_dims, **network
-        )
+        return elementwise(scalar, 1, context_dim=context_dim, hidden_dims=hidden_dims, **network)
     conditioner = Masked(
         input_dim,
         scalar.num_params,
@@ -127,14 +129,17 @@ def affine_autoregressive(
     stable: bool = False,
     **kwargs: Any,
 ) -> Autoregressive | Elementwise:
-    """IAF's layer y_i = exp(s(x_<i)) x_i + t(x_<i); its ``inv`` is MAF's. Further arguments of :func:`autoregressive`.
+    """IAF's layer y_i = exp(s(x_<i)) x_i + t(x_<i); its ``inv`` is MAF's.
 
-    The log-scale is bounded smoothly, at ± the larger magnitude of the two clips, so it is always numerically
-    stable: ``stable`` is taken for Pyro's sake and changes nothing.
+    Further arguments of :func:`autoregressive`.
+
+    The log-scale is bounded smoothly, at ± the larger magnitude of the two clips, so it is always
+    numerically stable: ``stable`` is taken for Pyro's sake and changes nothing.
 
     References:
-        Kingma et al. (2016), Improving variational inference with inverse autoregressive flow. arXiv:1606.04934
-        Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow. arXiv:1705.07057
+        Kingma et al. (2016), Improving variational inference with inverse autoregressive flow.
+        arXiv:1606.04934 Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow.
+        arXiv:1705.07057
     """
     scalar = Affine(max(-log_scale_min_clip, log_scale_max_clip))
     return autoregressive(scalar, input_dim, hidden_dims, **kwargs)
@@ -150,7 +155,8 @@ def spline_autoregressive(
 ) -> Autoregressive | Elementwise:
     """The autoregressive neural spline flow's layer; its ``inv`` has the fast density.
 
-    ``count_bins``, ``bound`` and ``order`` (of the spline) as in :func:`pyroflows.transforms.spline`, the rest as in
+    ``count_bins``, ``bound`` and ``order`` (of the spline) as in
+    :func:`pyroflows.transforms.spline`, the rest as in
     :func:`autoregressive`; the order of the features is ``permutation``.
 
     References:

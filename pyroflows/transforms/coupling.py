@@ -46,7 +46,8 @@ class Coupling(Bijection):
         ValueError: If the mask moves nothing or everything, or ``dim`` is not negative.
 
     References:
-        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, eqs. 7-8. arXiv:1605.08803
+        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, eqs. 7-8.
+        arXiv:1605.08803
     """
 
     moved_index: Tensor
@@ -139,7 +140,10 @@ def half_mask(input_dim: int, *, split_dim: int | None = None, swap: bool = Fals
 
 
 def alternating_mask(input_dim: int, *, swap: bool = False) -> Tensor:
-    """Return a mask, shape ``(input_dim,)``, that moves every second entry: the odd ones, or with swap the even."""
+    """Return a mask, shape ``(input_dim,)``, that moves every second entry.
+
+    The odd ones, or with swap the even.
+    """
     return torch.arange(input_dim) % 2 == (0 if swap else 1)
 
 
@@ -156,13 +160,15 @@ def coupling(
 ) -> Coupling | Elementwise:
     """Return a coupling with a dense conditioner for any scalar map.
 
-    One network call in either direction. With a single entry along ``dim`` there is nothing to couple: the result
-    is then the elementwise map, whose parameters are free or depend on the context alone.
+    One network call in either direction. With a single entry along ``dim`` there is nothing to
+    couple: the result is then the elementwise map, whose parameters are free or depend on the
+    context alone.
 
     Args:
         scalar: The map; see :mod:`pyroflows.scalar`.
         input_dim: Features of the event, or its shape (of ``-dim`` axes).
-        hidden_dims: Widths of the conditioner; two layers of ten units a feature, 32 to 256, if None.
+        hidden_dims: Widths of the conditioner; two layers of ten units a feature, 32 to 256, if
+            None.
         split_dim: Entries kept, the first ones; half of them if None.
         dim: Negative axis that is split.
         mask: True where the event is moved, instead of ``split_dim``.
@@ -239,7 +245,8 @@ def affine_coupling(
     The log-scale is bounded smoothly, at ± the larger magnitude of the two clips.
 
     References:
-        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, eqs. 7-8. arXiv:1605.08803
+        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, eqs. 7-8.
+        arXiv:1605.08803
     """
     scalar = Affine(max(-log_scale_min_clip, log_scale_max_clip))
     return coupling(scalar, input_dim, hidden_dims, split_dim=split_dim, dim=dim, **kwargs)
@@ -254,9 +261,12 @@ def spline_coupling(
     order: str = "quadratic",
     **kwargs: Any,
 ) -> Coupling | Elementwise:
-    """Neural spline flow's coupling: a monotone rational spline on [-bound, bound], the identity outside.
+    """Neural spline flow's coupling.
 
-    ``count_bins``, ``bound`` and ``order`` as in :func:`pyroflows.transforms.spline`, the rest as in
+    A monotone rational spline on [-bound, bound], the identity outside.
+
+    ``count_bins``, ``bound`` and ``order`` as in :func:`pyroflows.transforms.spline`, the rest as
+    in
     :func:`coupling`.
 
     References:

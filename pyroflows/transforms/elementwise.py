@@ -1,4 +1,7 @@
-"""Elementwise maps: every feature by itself, with free parameters or parameters that a context sets."""
+"""Elementwise maps.
+
+Every feature by itself, with free parameters or parameters that a context sets.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,13 +29,13 @@ __all__ = [
 class Elementwise(Bijection):
     r"""Move every feature by a scalar map: :math:`y_i = g(x_i; \theta_i(c))`.
 
-    One evaluation of the map in either direction; one network call if there is a context. The identity at
-    initialization.
+    One evaluation of the map in either direction; one network call if there is a context. The
+    identity at initialization.
 
     Args:
         scalar: The increasing map :math:`g`; see :mod:`pyroflows.scalar`.
-        conditioner: ``(x, c) -> θ`` of shape ``(scalar.num_params, *batch, *event)`` that does not look at x,
-            such as :class:`pyroflows.conditioners.Free`.
+        conditioner: ``(x, c) -> θ`` of shape ``(scalar.num_params, *batch, *event)`` that does not
+            look at x, such as :class:`pyroflows.conditioners.Free`.
         event_shape: Shape of the event.
         context_dim: Features of the context ``c``, shape ``(*batch, context_dim)``; 0 for none.
     """
@@ -55,7 +58,7 @@ class Elementwise(Bijection):
         params = self.conditioner(value, context)
         move = self.scalar.inverse if inverse else self.scalar.forward
         value, log_slope = move(value, params)
-        return value, log_slope.flatten(-len(self.event_shape)).sum(-1)
+        return value, log_slope.flatten(-self.domain.event_dim).sum(-1)
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._move(x, context, inverse=False)
@@ -65,7 +68,7 @@ class Elementwise(Bijection):
 
     def extra_repr(self) -> str:
         """Name the map and the event."""
-        return f"{self.scalar}, event_shape={tuple(self.event_shape)}"
+        return f"{self.scalar}, event_shape={tuple(self.event_shape or ())}"
 
 
 def elementwise(
@@ -98,16 +101,29 @@ def elementwise(
 
 
 def elementwise_affine(
-    input_dim: int | Sequence[int], hidden_dims: Sequence[int] | None = None, *, bound: float = 16.0, **kwargs: Any
+    input_dim: int | Sequence[int],
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    bound: float = 16.0,
+    **kwargs: Any,
 ) -> Elementwise:
-    """Scale and shift every feature: y_i = exp(s_i) x_i + t_i, |s_i| < bound; arguments as in :func:`elementwise`."""
+    """Scale and shift every feature: y_i = exp(s_i) x_i + t_i, |s_i| < bound.
+
+    Arguments as in :func:`elementwise`.
+    """
     return elementwise(Affine(bound), input_dim, hidden_dims=hidden_dims, **kwargs)
 
 
 def elementwise_scale(
-    input_dim: int | Sequence[int], hidden_dims: Sequence[int] | None = None, *, bound: float = 16.0, **kwargs: Any
+    input_dim: int | Sequence[int],
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    bound: float = 16.0,
+    **kwargs: Any,
 ) -> Elementwise:
-    """NICE's diagonal scaling: y_i = exp(s_i) x_i, |s_i| < bound; arguments as in :func:`elementwise`.
+    """NICE's diagonal scaling: y_i = exp(s_i) x_i, |s_i| < bound.
+
+    Arguments as in :func:`elementwise`.
 
     References:
         Dinh, Krueger, Bengio (2015), NICE, section 3.3. arXiv:1410.8516
@@ -138,8 +154,8 @@ def spline(
 
     References:
         Durkan, Bekasov, Murray, Papamakarios (2019), Neural spline flows. arXiv:1906.04032
-        Dolatabadi, Erfani, Leckie (2020), Invertible generative modeling using linear rational splines.
-        arXiv:2001.05168
+        Dolatabadi, Erfani, Leckie (2020), Invertible generative modeling using linear rational
+        splines. arXiv:2001.05168
     """
     scalar = spline_map(count_bins, bound, order)
     return elementwise(scalar, input_dim, hidden_dims=hidden_dims, **kwargs)
