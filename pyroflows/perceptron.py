@@ -110,7 +110,10 @@ class _Perceptron(torch.autograd.Function):
         for i in reversed(range(n)):
             below = hidden[i - 1] if i else x.contiguous()
             if needs[3 + i]:
-                to_weights[i] = _product(below.t(), grad)
+                if ctx.feature_major and i == n - 1:  # the copy spared is the larger one
+                    to_weights[i] = _product(grad.t(), below).t()
+                else:
+                    to_weights[i] = _product(below.t(), grad)
             if needs[3 + n + i]:
                 to_biases[i] = grad.sum(0)
             if i:
