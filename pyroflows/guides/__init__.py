@@ -1,8 +1,18 @@
 """Flow guides for variational inference: start at the right place, fit, and say how good the fit is."""
 
+from pyroflows.guides.amortized import AmortizedFlow
 from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.draws import GuideDraws, draw
 from pyroflows.guides.elbo import PathGradientELBO
-from pyroflows.guides.fitting import FitResult, fit_guide
+from pyroflows.guides.fitting import FitResult, fit_guide, fit_guide_to_draws
 
-__all__ = ["AutoFlow", "FitResult", "GuideDraws", "PathGradientELBO", "draw", "fit_guide"]
+__all__ = [
+    "AmortizedFlow",
+    "AutoFlow",
+    "FitResult",
+    "GuideDraws",
+    "PathGradientELBO",
+    "draw",
+    "fit_guide",
+    "fit_guide_to_draws",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,11 +85,11 @@ class PathGradientELBO(ELBO):
         with _frozen([s["value"].unconstrained() for s in seen.trace.nodes.values() if s["type"] == "param"]):
             fixed = poutine.trace(poutine.replay(guide, trace=leaves)).get_trace(*args, **kwargs)
             fixed.compute_log_prob()
-        model_trace = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=leaves)).get_trace(*args, **kwargs))
+        model_trace = poutine.trace(poutine.replay(model, trace=leaves)).get_trace(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(model_trace, fixed, self.max_plate_nesting)
         model_trace.compute_log_prob()
-        return model_trace, prune_subsample_sites(fixed), drawn
+        return prune_subsample_sites(model_trace), prune_subsample_sites(fixed), drawn
 
     def _log_weights(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
         """log p - log q of each particle; shape ``(S,)``, or ``()`` when they come one at a time."""
@@ -192,7 +193,9 @@ def _frozen(leaves: list[Tensor]) -> Iterator[None]:
     for leaf in leaves:
         leaf.requires_grad_(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was not registered in the param store", UserWarning)
+            yield
     finally:
         for leaf, flag in zip(leaves, flags, strict=True):
             leaf.requires_grad_(flag)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.elbo import PathGradientELBO
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
 from pyroflows.guides.weights import WeightSummary, summarize_weights
@@ -145,17 +146,19 @@ def _model_parameters(density: LatentDensity) -> list[Tensor]:
 
 def fit_guide(
     model: Callable,
-    guide: AutoFlow,
+    guide: AutoFlow | Callable,
     *args: Any,
     num_steps: int | None = None,
     num_particles: int = 64,
     progress: bool = True,
     seed: int | None = None,
     lr: float = 0.01,
+    iwae: bool = False,
+    temperature: float = 1.0,
     prefit_first: bool | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Fit an :class:`AutoFlow` to the posterior of a model, ready to use.
+    r"""Fit a guide to the posterior of a model: an :class:`AutoFlow`, ready to use, or any other reparameterized guide.
 
     Each step draws base points z, maps them to latents u, and follows the path gradient of the ELBO,
 
@@ -164,6 +167,9 @@ def fit_guide(
 
     whose variance vanishes when the guide is exact. Adam with warm-up and a cosine to zero; particles that are not finite
     are dropped; gradients are clipped to twice their running median. The guide never ends worse than its pre-fit.
+
+    A guide of another kind gets all of this but the pre-fit, the guard, annealing and convergence: 1,000 steps if
+    ``num_steps`` is None.
 
     Cost: by default at most 50,000 gradients of the model, the pre-fit included; one forward and one inverse pass of the
     flow per step.
@@ -177,6 +183,10 @@ def fit_guide(
         progress: Whether to print the ELBO now and then.
         seed: Seed of everything random here; the global state is then given back untouched.
         lr: Largest learning rate of Adam.
+        iwae: Whether to maximize the importance-weighted bound of all particles of a step; it covers more of the
+            posterior, and suits importance sampling.
+        temperature: Where to begin annealing: the model's log-density is divided by it in the pre-fit and at the start,
+            by less and less until one third of the steps, then by 1. Above 1 for posteriors with several modes.
         prefit_first: Whether to pre-fit a Gaussian first; if None, only a guide that was never trained.
         **kwargs: Keyword arguments of the model.
 
@@ -189,20 +199,72 @@ def fit_guide(
         arXiv:2412.08824
     """
     result, begun = FitResult(), time.process_time()
+    if num_particles < 1 or (num_steps is not None and num_steps < 1):
+        raise ValueError(f"fit_guide: num_steps and num_particles must be positive; got {num_steps}, {num_particles}")
+    if not temperature > 0:
+        raise ValueError(f"fit_guide: temperature must be positive; got {temperature}")
     with _seeded(seed):
+        if not isinstance(guide, AutoFlow):
+            _train_any(model, guide, args, kwargs, result, num_steps, num_particles, lr, progress)
+            result.cpu_seconds = time.process_time() - begun
+            return result
         guide.setup(*args, **kwargs)
         density = LatentDensity(model, args, kwargs, init_loc_fn=guide._init_loc_fn)
         packed, transport = guide._parameters["packed"], guide._modules["transport"]
         if prefit_first is None:
             prefit_first = torch.equal(packed, transport.initial)
         if prefit_first:
-            result.prefit, result.candidates, result.num_gradients = prefit(density.frozen(), transport.loc)
+            frozen = density.frozen()
+            found = prefit(lambda u: frozen(u) / temperature, transport.loc)
+            result.prefit, result.candidates, result.num_gradients = found
             guide.place(result.prefit)
-        _train(density, guide, [packed, *_model_parameters(density)], result, num_steps, num_particles, lr, progress)
+        _train(
+            density, guide, [packed, *_model_parameters(density)], result, num_steps, num_particles, lr, progress,
+            iwae, temperature,
+        )
         with torch.no_grad():
-            result.diagnostics = _assess(density, guide, result)
+            result.diagnostics = _assess(density, guide, result, iwae)
     result.cpu_seconds = time.process_time() - begun
     return result
+
+
+def _train_any(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    result: FitResult,
+    num_steps: int | None,
+    num_particles: int,
+    lr: float,
+    progress: bool,
+) -> None:
+    """Fit a guide that is no :class:`AutoFlow` through Pyro's messages; arguments as in :func:`fit_guide`."""
+    elbo, clip = PathGradientELBO(num_particles), GradientClipper()
+    schedule = Schedule(1000 if num_steps is None else num_steps, window=0)
+    parameters: dict[str, Tensor] = {}
+    optimizer: torch.optim.Optimizer | None = None
+    for step in range(schedule.num_steps):
+        with poutine.trace(param_only=True) as seen:
+            loss = elbo.loss_and_grads(model, guide, *args, **kwargs)
+        found = {name: site["value"].unconstrained() for name, site in seen.trace.nodes.items() if site["type"] == "param"}
+        if found.keys() - parameters.keys() or optimizer is None:
+            parameters.update(found)
+            optimizer = torch.optim.Adam(parameters.values(), lr=lr, betas=(0.9, 0.99), fused=True)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule.factor(step)
+        if clip(list(parameters.values())):
+            optimizer.step()
+        optimizer.zero_grad()
+        result.losses.append(loss)
+        _report(step, result.losses, progress)
+    result.num_gradients += len(result.losses) * num_particles
+
+
+def _report(step: int, losses: list[float], progress: bool) -> None:
+    if progress and (step + 1) % 50 == 0:
+        window = [x for x in losses[-50:] if math.isfinite(x)]
+        print(f"step {step + 1}: ELBO {-sum(window) / max(1, len(window)):.3f}", flush=True)
 
 
 def _log_weights(density: LatentDensity, guide: AutoFlow, z: Tensor) -> Tensor:
@@ -212,18 +274,40 @@ def _log_weights(density: LatentDensity, guide: AutoFlow, z: Tensor) -> Tensor:
     return density(transport.loc + transport.spread(v)) - log_q
 
 
-def _assess(density: LatentDensity, guide: AutoFlow, result: FitResult) -> WeightSummary:
+def _assess(density: LatentDensity, guide: AutoFlow, result: FitResult, iwae: bool) -> WeightSummary:
     """Summary of the weights; a guide that is clearly worse than its pre-fit goes back there."""
     z = normal_points(1000, density.dim, like=guide._modules["transport"].loc, seed=1)
     summary = summarize_weights(_log_weights(density, guide, z))
     before = result.prefit
-    if before is not None and math.isfinite(before.elbo) and not density.stochastic:
+    if before is None or density.stochastic:
+        return summary
+    elbo = before.rate(lambda u: density(u.to(z)).double()).elbo  # as rated by the model itself, untempered
+    if math.isfinite(elbo):
         error = summary.elbo_error if math.isfinite(summary.elbo_error) else 0.0
-        if not summary.elbo > before.elbo - max(0.1, 3 * error):
+        margin = 10.0 if iwae else 0.1  # the bound of many particles may cost some ELBO
+        if not summary.elbo > elbo - max(margin, 3 * error):
             guide.place(before)
             summary = summarize_weights(_log_weights(density, guide, z))
             result.reverted = True
     return summary
+
+
+def _shares(log_weights: Tensor, iwae: bool) -> Tensor:
+    """Weight of each particle in the gradient: equal, or the squared normalized weights of the bound of all."""
+    if not iwae:
+        return torch.full_like(log_weights, 1 / len(log_weights))
+    return torch.softmax(log_weights.nan_to_num(-math.inf, posinf=-math.inf), 0).square()
+
+
+def _leaves(
+    transport: Any, packed: Tensor, lr: float, others: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[float], torch.optim.Optimizer]:
+    """Leaves, rates and Adam for the parts of ``packed``: the flow's own parameters at their own rate, and the affine map."""
+    cut = len(transport.parts)
+    leaves = [part.detach().clone().requires_grad_() for part in packed.split([cut, len(packed) - cut])]
+    leaves += others
+    rates = [lr / transport.flow_rate] + [lr] * (len(leaves) - 1)
+    return leaves, rates, torch.optim.Adam([{"params": [p]} for p in leaves], betas=(0.9, 0.99), fused=True)
 
 
 def _train(
@@ -235,18 +319,16 @@ def _train(
     num_particles: int,
     lr: float,
     progress: bool,
+    iwae: bool,
+    temperature: float,
 ) -> None:
     packed, transport, base = parameters[0], guide._modules["transport"], guide.get_base_dist()
     points = _BasePoints(num_particles, density.dim, transport.loc)
-    # The flow's own parameters at their own rate: one leaf for them, one for the triangular map.
-    cut = len(transport.parts)
-    theta, affine = (part.detach().clone().requires_grad_() for part in packed.split([cut, len(packed) - cut]))
-    leaves = [theta, affine, *parameters[1:]]
-    rates = [lr / transport.flow_rate, *[lr] * (len(leaves) - 1)]
-    optimizer = torch.optim.Adam([{"params": [p]} for p in leaves], betas=(0.9, 0.99), fused=True)
+    (theta, affine, *others), rates, optimizer = _leaves(transport, packed, lr, parameters[1:])
+    leaves = [theta, affine, *others]
     clip = GradientClipper()
     most = (50_000 - result.num_gradients) // num_particles if num_steps is None else num_steps
-    schedule = Schedule(max(most, 1), window=60 if num_steps is None and not density.stochastic else 0)
+    schedule = Schedule(max(most, 1), window=60 if num_steps is None and temperature == 1.0 and not density.stochastic else 0)
     for step in range(most):
         factor = schedule.factor(step)
         if factor == 0.0:
@@ -256,20 +338,24 @@ def _train(
         v, _ = transport.from_base(vector, z)
         v_leaf = v.detach().requires_grad_()
         z_back, log_det = transport.to_base(vector.detach(), v_leaf)
-        log_weight = density(transport.loc + transport.spread(v_leaf)) - base.log_prob(z_back) - log_det
+        log_p = density(transport.loc + transport.spread(v_leaf))
+        if step < schedule.decay_from and temperature != 1.0:
+            log_p = log_p / temperature ** (1 - step / schedule.decay_from)
+        log_weight = log_p - base.log_prob(z_back) - log_det
         optimizer.zero_grad()
-        log_weight.sum().backward()
-        grad = v_leaf.grad
-        ok = log_weight.isfinite() & grad.isfinite().all(-1)
+        lw = log_weight.detach()
+        share = _shares(lw, iwae)
+        log_weight.backward(torch.where(lw.isfinite(), share, 0.0))
+        ok = lw.isfinite() & v_leaf.grad.isfinite().all(-1)
         count = int(ok.sum())
         result.num_dropped += num_particles - count
-        loss = -(log_weight.detach()[ok].mean() + transport.log_det_scale).item() if count else math.nan
-        result.losses.append(loss)
+        bound = lw[ok].logsumexp(0) - math.log(num_particles) if iwae else lw[ok].mean()
+        result.losses.append(-(bound + transport.log_det_scale).item() if count else math.nan)
         if count:
-            v.backward(torch.where(ok[:, None], -grad, 0.0) / count)
-            for p in leaves[2:]:
+            v.backward(torch.where(ok[:, None], -v_leaf.grad * (1.0 if iwae else num_particles / count), 0.0))
+            for p in others:
                 if p.grad is not None:
-                    p.grad.div_(-num_particles)
+                    p.grad.neg_()
         schedule.see(result.losses)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
@@ -277,8 +363,95 @@ def _train(
             optimizer.step()
             with torch.no_grad():
                 torch.cat([theta, affine], out=packed)
-        if progress and (step + 1) % 50 == 0:
-            window = [x for x in result.losses[-50:] if math.isfinite(x)]
-            print(f"step {step + 1}: ELBO {-sum(window) / max(1, len(window)):.3f}", flush=True)
+        _report(step, result.losses, progress)
     result.converged = schedule.converged
     result.num_gradients += len(result.losses) * num_particles
+
+
+def fit_guide_to_draws(
+    guide: AutoFlow,
+    draws: Mapping[str, Tensor] | Tensor,
+    *args: Any,
+    weights: Tensor | None = None,
+    num_steps: int = 1000,
+    batch_size: int = 512,
+    lr: float = 0.01,
+    held_out: float = 0.1,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> FitResult:
+    r"""Fit a guide to given posterior draws by the forward divergence, :math:`\max_\theta \sum_n w_n \log q_\theta(z_n)`.
+
+    Unlike the ELBO it covers every mode that has draws. The flow starts from their mean and covariance, and the state
+    that is best on held-out draws is kept. The model is run only to learn its shapes. Cost: one inverse pass of the flow
+    per step.
+
+    Args:
+        guide: The guide.
+        draws: Constrained values ``(N, *site)`` for each site, or unconstrained vectors ``(N, D)``.
+        *args: Arguments of the model.
+        weights: Weight of each draw, shape ``(N,)``; equal if None.
+        num_steps: Steps.
+        batch_size: Draws per step.
+        lr: Largest learning rate of Adam.
+        held_out: Fraction of the draws kept for choosing the state; 0 for none.
+        seed: Seed of the batches; the global state is then given back untouched.
+        **kwargs: Keyword arguments of the model.
+
+    Returns:
+        Losses: mean negative log-density of the unconstrained draws, in nats.
+
+    Raises:
+        ValueError: If there are fewer draws than latents, or some are not finite.
+    """
+    result, begun = FitResult(), time.process_time()
+    with _seeded(seed):
+        guide.setup(*args, **kwargs)
+        transport, packed = guide._modules["transport"], guide._parameters["packed"]
+        u = draws if isinstance(draws, Tensor) else guide.density(*args, **kwargs).unconstrain(draws)
+        u = u.detach().to(transport.loc).reshape(-1, guide.latent_dim)
+        if len(u) <= guide.latent_dim + 1 or not u.isfinite().all():
+            raise ValueError(f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; got {len(u)}")
+        w = torch.ones(len(u)) if weights is None else weights.detach().reshape(-1)
+        w = w.to(u) / w.sum().to(u)
+        mean = w @ u
+        centred = (u - mean).double()
+        cov = centred.T @ (w.double()[:, None] * centred)
+        factor = torch.linalg.cholesky(cov + 1e-12 * cov.diagonal().mean() * torch.eye(len(mean)).to(cov))
+        result.prefit = Gaussian(mean.double(), factor, method="moments of the draws")
+        guide.place(result.prefit)
+        v = torch.linalg.solve_triangular(factor.to(u), (u - mean).T, upper=False).T if transport.full_rank else (u - mean) / transport.scale
+        base, constant = guide.get_base_dist(), transport.log_det_scale
+
+        def loss_of(vector: Tensor, index: Tensor) -> Tensor:
+            z, log_det = transport.to_base(vector, v[index])
+            return -(w[index] * (base.log_prob(z) + log_det - constant)).sum() / w[index].sum()
+
+        order = torch.randperm(len(u), device=u.device)
+        kept = int(held_out * len(u))
+        valid, train = order[:kept], order[kept:]
+        leaves, rates, optimizer = _leaves(transport, packed, lr)
+        schedule, clip = Schedule(num_steps, window=0), GradientClipper()
+        best, best_loss = packed.detach().clone(), math.inf
+        for step in range(num_steps):
+            index = train[torch.randint(len(train), (min(batch_size, len(train)),), device=u.device)]
+            loss = loss_of(torch.cat(leaves), index)
+            optimizer.zero_grad()
+            loss.backward()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule.factor(step)
+            if clip(leaves):
+                optimizer.step()
+                with torch.no_grad():
+                    torch.cat(leaves, out=packed)
+            result.losses.append(loss.item())
+            if kept and (step % 50 == 49 or step == num_steps - 1):
+                with torch.no_grad():
+                    now = loss_of(packed, valid).item()
+                if now < best_loss:
+                    best, best_loss = packed.detach().clone(), now
+        if kept:
+            with torch.no_grad():
+                packed.copy_(best)
+    result.cpu_seconds = time.process_time() - begun
+    return result

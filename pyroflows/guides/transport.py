@@ -22,7 +22,7 @@ from pyroflows.splines import RationalQuadratic
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise
 
-__all__ = ["Chain", "PackedParameters", "Transport", "posterior_flow"]
+__all__ = ["Chain", "PackedParameters", "Transport", "posterior_flow", "who_moves"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Chain:
         return x, first_slope + second_slope
 
 
-def _who_moves(num_features: int, num_layers: int) -> Tensor:
+def who_moves(num_features: int, num_layers: int) -> Tensor:
     """Masks ``(num_layers, num_features)`` under which every feature acts directly on every other, if there is room.
 
     Each feature moves in half of the layers, no two in the same ones, so that for any pair some layer moves the one and
@@ -87,7 +87,7 @@ def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins
         num_layers = next((n for n in (4, 6) if math.comb(n, n // 2) >= latent_dim), 8)
     width = max(16, min(64, 4 * latent_dim))
     layers = []
-    for mask in _who_moves(latent_dim, num_layers):
+    for mask in who_moves(latent_dim, num_layers):
         moved = int(mask.sum())
         net = Dense(latent_dim - moved, scalar.num_params, moved, hidden_dims=[width, width], activation=nn.SiLU)
         layers.append(Coupling(scalar, net, mask))
