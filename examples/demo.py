@@ -82,9 +82,7 @@ def table(args: argparse.Namespace) -> None:
     score = float(np.mean(estimator.score_samples(test))) + float(np.log(scale).sum())
     rows.append(("DensityEstimator", score))
 
-    print(
-        f"\nWine quality, {x.shape[1]} columns: mean log-density of {len(test)} held-out rows"
-    )
+    print(f"\nWine quality, {x.shape[1]} columns: mean log-density of {len(test)} held-out rows")
     for name, value in rows:
         print(f"  {name:22s}{value:9.3f}   {value - rows[0][1]:+.3f} over the normal")
     _draw_table(train, estimator.sample(len(train)), args.out / "demo_wine.png")

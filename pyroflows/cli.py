@@ -37,14 +37,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     fit = commands.add_parser("fit", help="fit a table and save the model")
-    fit.add_argument("table", help="CSV or Parquet file, or a folder of them; large ones are streamed")
+    fit.add_argument(
+        "table", help="CSV or Parquet file, or a folder of them; large ones are streamed"
+    )
     fit.add_argument("-o", "--output", required=True, help="model file, .safetensors")
-    fit.add_argument("--target", nargs="+", metavar="COLUMN", help="columns to model; default all that are not given")
+    fit.add_argument(
+        "--target",
+        nargs="+",
+        metavar="COLUMN",
+        help="columns to model; default all that are not given",
+    )
     fit.add_argument("--given", nargs="+", metavar="COLUMN", help="columns to condition on")
     fit.add_argument("--missing", choices=["ignore", "model"], default="ignore")
     fit.add_argument("--max-time", type=float, default=90.0, help="seconds of processor time")
     fit.add_argument("--max-steps", type=int, help="optimizer steps, at most")
-    fit.add_argument("--in-memory", type=int, default=1_000_000, help="stream tables with more rows than this")
+    fit.add_argument(
+        "--in-memory", type=int, default=1_000_000, help="stream tables with more rows than this"
+    )
     fit.add_argument("--seed", type=int, help="for a repeatable result")
     fit.add_argument("--device", default="auto")
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -53,20 +62,30 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser("score", help="log-density of every row")
     score.add_argument("model")
     score.add_argument("table", help="CSV or Parquet; streamed")
-    score.add_argument("-o", "--output", help="CSV or Parquet with a column log_density; default: print the mean only")
+    score.add_argument(
+        "-o",
+        "--output",
+        help="CSV or Parquet with a column log_density; default: print the mean only",
+    )
     score.set_defaults(run=_score)
 
     sample = commands.add_parser("sample", help="draw rows")
     sample.add_argument("model")
     sample.add_argument("-n", type=int, default=10, help="rows, or rows per given row")
     sample.add_argument("-o", "--output", help="CSV or Parquet; default: CSV to the terminal")
-    sample.add_argument("--given", nargs="+", metavar="COLUMN=VALUE", help="values to condition on")
+    sample.add_argument(
+        "--given", nargs="+", metavar="COLUMN=VALUE", help="values to condition on"
+    )
     sample.add_argument("--given-table", help="CSV or Parquet with values to condition on")
-    sample.add_argument("--missing", action="store_true", help="leave cells missing as often as in the data")
+    sample.add_argument(
+        "--missing", action="store_true", help="leave cells missing as often as in the data"
+    )
     sample.add_argument("--seed", type=int)
     sample.set_defaults(run=_sample)
 
-    inspect = commands.add_parser("inspect", help="what a model file holds, or what a table would be taken for")
+    inspect = commands.add_parser(
+        "inspect", help="what a model file holds, or what a table would be taken for"
+    )
     inspect.add_argument("file")
     inspect.set_defaults(run=_inspect)
     return parser
@@ -143,14 +162,20 @@ def _sample(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     import pandas as pd
 
-    with pd.option_context("display.width", 160, "display.max_columns", 20, "display.max_rows", 500):
+    with pd.option_context(
+        "display.width", 160, "display.max_columns", 20, "display.max_rows", 500
+    ):
         if Path(args.file).suffix in (".csv", ".parquet"):
             import numpy as np
 
             from pyroflows.density.streaming import TableFile
             from pyroflows.tables import Schema
 
-            print(Schema.from_frame(TableFile(args.file).sample(200_000, np.random.default_rng(0))).summary())
+            print(
+                Schema.from_frame(
+                    TableFile(args.file).sample(200_000, np.random.default_rng(0))
+                ).summary()
+            )
             return
         from pyroflows.density import DensityEstimator
 

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
     from pyroflows.density import DensityEstimator
 
-__all__ = ["conditional_density", "marginals", "pair_plot", "pit_plot", "qq_plot", "training_curve"]
+__all__ = [
+    "conditional_density",
+    "marginals",
+    "pair_plot",
+    "pit_plot",
+    "qq_plot",
+    "training_curve",
+]
 
 REAL, MODEL = "#4c4c4c", "#d1495b"
 
@@ -42,7 +49,9 @@ def _numbers(series: pd.Series) -> np.ndarray:
     return series.dropna().to_numpy(dtype=float)
 
 
-def _draws(model: DensityEstimator, table: pd.DataFrame, rows: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _draws(
+    model: DensityEstimator, table: pd.DataFrame, rows: int, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of the table and as many draws, given the same columns if the model is conditional."""
     real = table.sample(min(rows, len(table)), random_state=seed)
     if model.model_.num_given:
@@ -51,7 +60,12 @@ def _draws(model: DensityEstimator, table: pd.DataFrame, rows: int, seed: int) -
 
 
 def marginals(
-    model: DensityEstimator, table: pd.DataFrame, *, columns: Sequence[Any] | None = None, rows: int = 5000, seed: int = 0
+    model: DensityEstimator,
+    table: pd.DataFrame,
+    *,
+    columns: Sequence[Any] | None = None,
+    rows: int = 5000,
+    seed: int = 0,
 ) -> Figure:
     """Histograms of each column, real against sampled.
 
@@ -67,7 +81,11 @@ def marginals(
     names = list(columns) if columns is not None else _targets(model)
     wide = min(4, len(names))
     figure, grid = plt.subplots(
-        math.ceil(len(names) / wide), wide, squeeze=False, layout="constrained", figsize=(3 * wide, 2.4 * math.ceil(len(names) / wide))
+        math.ceil(len(names) / wide),
+        wide,
+        squeeze=False,
+        layout="constrained",
+        figsize=(3 * wide, 2.4 * math.ceil(len(names) / wide)),
     )
     for ax in grid.flat[len(names) :]:
         ax.set_visible(False)
@@ -85,7 +103,9 @@ def marginals(
             place = np.arange(len(levels))
             ax.bar(place - 0.2, levels, 0.4, color=REAL, alpha=0.5, label="real")
             ax.bar(place + 0.2, share, 0.4, color=MODEL, alpha=0.7, label="model")
-            ax.set_xticks(place, [str(v)[:10] for v in levels.index], rotation=45, ha="right", fontsize=7)
+            ax.set_xticks(
+                place, [str(v)[:10] for v in levels.index], rotation=45, ha="right", fontsize=7
+            )
         ax.set_title(str(name), fontsize=9)
         ax.set_yticks([])
     grid.flat[0].legend(fontsize=7)
@@ -93,7 +113,12 @@ def marginals(
 
 
 def pair_plot(
-    model: DensityEstimator, table: pd.DataFrame, *, columns: Sequence[Any] | None = None, rows: int = 1500, seed: int = 0
+    model: DensityEstimator,
+    table: pd.DataFrame,
+    *,
+    columns: Sequence[Any] | None = None,
+    rows: int = 1500,
+    seed: int = 0,
 ) -> Figure:
     """Scatter of every pair of number columns: real below the diagonal, sampled above it.
 
@@ -106,11 +131,17 @@ def pair_plot(
     """
     plt = _pyplot()
     real, drawn = _draws(model, table, rows, seed)
-    names = list(columns) if columns is not None else [n for n in _targets(model) if _is_number(real[n])][:6]
+    names = (
+        list(columns)
+        if columns is not None
+        else [n for n in _targets(model) if _is_number(real[n])][:6]
+    )
     if not names:
         raise ValueError("pair_plot needs at least one number column")
     d = len(names)
-    figure, grid = plt.subplots(d, d, squeeze=False, layout="constrained", figsize=(1.8 * d + 1, 1.8 * d + 1))
+    figure, grid = plt.subplots(
+        d, d, squeeze=False, layout="constrained", figsize=(1.8 * d + 1, 1.8 * d + 1)
+    )
     for i, row in enumerate(names):
         y = _numbers(real[row])
         limits_y = np.quantile(y, [0.005, 0.995])
@@ -124,7 +155,14 @@ def pair_plot(
                 ax.hist(_numbers(drawn[column]), bins, density=True, color=MODEL, histtype="step")
             else:
                 source, color = (real, REAL) if i > j else (drawn, MODEL)
-                ax.scatter(source[column].to_numpy(float), source[row].to_numpy(float), s=3, alpha=0.3, color=color, linewidths=0)
+                ax.scatter(
+                    source[column].to_numpy(float),
+                    source[row].to_numpy(float),
+                    s=3,
+                    alpha=0.3,
+                    color=color,
+                    linewidths=0,
+                )
                 if limits_y[1] > limits_y[0]:
                     ax.set_ylim(*limits_y)
             if limits[1] > limits[0]:
@@ -137,8 +175,17 @@ def pair_plot(
     return figure
 
 
-def pit_plot(model: DensityEstimator, table: pd.DataFrame, *, column: Any = None, ax: Axes | None = None, bins: int = 20) -> Axes:
-    """Histogram of probability integral transforms; flat, within the band of sampling error, if the model is calibrated.
+def pit_plot(
+    model: DensityEstimator,
+    table: pd.DataFrame,
+    *,
+    column: Any = None,
+    ax: Axes | None = None,
+    bins: int = 20,
+) -> Axes:
+    """Histogram of probability integral transforms.
+
+    Flat, within the band of sampling error, if the model is calibrated.
 
     Args:
         model: Fitted.
@@ -154,12 +201,22 @@ def pit_plot(model: DensityEstimator, table: pd.DataFrame, *, column: Any = None
     ax.hist(u, np.linspace(0, 1, bins + 1), density=True, color=MODEL, alpha=0.7)
     band = 2 * math.sqrt(bins / max(len(u), 1))
     ax.axhspan(1 - band, 1 + band, color=REAL, alpha=0.2, label="95 % if calibrated")
-    ax.set(xlabel="probability integral transform" + (f" of {column}" if column is not None else ""), ylabel="density", xlim=(0, 1))
+    ax.set(
+        xlabel="probability integral transform" + (f" of {column}" if column is not None else ""),
+        ylabel="density",
+        xlim=(0, 1),
+    )
     ax.legend(fontsize=7)
     return ax
 
 
-def qq_plot(model: DensityEstimator, table: pd.DataFrame, *, columns: Sequence[Any] | None = None, ax: Axes | None = None) -> Axes:
+def qq_plot(
+    model: DensityEstimator,
+    table: pd.DataFrame,
+    *,
+    columns: Sequence[Any] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Quantiles of the probability integral transforms against uniform ones, a line per number target."""
     pit = model.pit(table)
     ax = _axes(ax)
@@ -181,7 +238,9 @@ def training_curve(model: DensityEstimator, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="passes over the table", ylabel="nats per row")
     low = history["valid"].dropna()
     if len(low) > 2:
-        ax.set_ylim(bottom=float(low.iloc[1:].min()) - 0.3 * float(low.max() - low.iloc[1:].min() + 1e-3))
+        ax.set_ylim(
+            bottom=float(low.iloc[1:].min()) - 0.3 * float(low.max() - low.iloc[1:].min() + 1e-3)
+        )
     ax.legend(fontsize=8)
     return ax
 
@@ -212,7 +271,11 @@ def conditional_density(
     if grid is None and not spec.is_label:
         x = _numbers(model.sample(2000, given, random_state=0)[column])
         grid = np.linspace(*np.quantile(x, [0.005, 0.995]), 200)
-        grid = np.unique(np.round((grid - spec.anchor) / spec.step)) * spec.step + spec.anchor if spec.step else grid
+        grid = (
+            np.unique(np.round((grid - spec.anchor) / spec.step)) * spec.step + spec.anchor
+            if spec.step
+            else grid
+        )
     values = list(spec.levels) if grid is None else list(grid)
     frame = pd.DataFrame([{**given, column: v} for v in values])
     log_p = model.log_marginal(frame)
@@ -222,7 +285,9 @@ def conditional_density(
         ax.bar([str(v) for v in values], np.exp(log_p), color=MODEL)
         ax.set_ylabel("probability")
     else:
-        ax.plot(values, np.exp(log_p), color=MODEL, drawstyle="steps-mid" if spec.step else "default")
+        ax.plot(
+            values, np.exp(log_p), color=MODEL, drawstyle="steps-mid" if spec.step else "default"
+        )
         ax.set_ylabel("density")
     ax.set_xlabel(str(column))
     ax.set_title(", ".join(f"{k} = {v}" for k, v in given.items()), fontsize=8)

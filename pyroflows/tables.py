@@ -1,8 +1,9 @@
 """Columns to numbers and back: the schema of a table.
 
-:class:`Schema` reads a DataFrame once, decides what each column is, and from then on turns tables into float64 arrays (missing cells
-are NaN) and arrays into tables of the original dtypes. What it decided can be read (:meth:`Schema.summary`), changed
-(``schema["price"].step = None``) and stored as JSON.
+:class:`Schema` reads a DataFrame once, decides what each column is, and from then on turns tables
+into float64 arrays (missing cells are NaN) and arrays into tables of the original dtypes. What it
+decided can be read (:meth:`Schema.summary`), changed (``schema["price"].step = None``) and stored
+as JSON.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ KINDS = ("categorical", "discrete", "numeric", "datetime")
 def find_step(values: np.ndarray) -> tuple[float | None, np.ndarray]:
     """The recording step of a column and the few values that do not keep to it (caps), or ``(None, [])``.
 
-    A lattice must carry 99 % of the rows, and its values must repeat: a step so fine that nearly every value is different
-    says nothing more than a density does.
+    A lattice must carry 99 % of the rows, and its values must repeat: a step so fine that nearly
+    every value is different says nothing more than a density does.
 
     Args:
         values: Finite values, shape (n,).
@@ -69,16 +70,18 @@ class Column:
 
     Attributes:
         name: Its label.
-        kind: ``"categorical"`` (labels, booleans), ``"discrete"`` (few numbers, treated as labels), ``"numeric"`` or
-            ``"datetime"`` (numeric, in seconds since ``origin``).
+        kind: ``"categorical"`` (labels, booleans), ``"discrete"`` (few numbers, treated as
+            labels), ``"numeric"`` or ``"datetime"`` (numeric, in seconds since ``origin``).
         dtype: The pandas dtype to give back.
         levels: Labels in code order (categorical, discrete).
         ordered: Whether the labels are ordered.
-        step: Recording step of a lattice-valued column; its log-density is log(P(cell) / step). None for a continuous one.
+        step: Recording step of a lattice-valued column; its log-density is log(P(cell) / step).
+            None for a continuous one.
         anchor: Some value on the lattice.
         lower: No value lies below.
         upper: No value lies above.
-        atoms: Values of their own probability (caps, zeros) in a column that is otherwise continuous.
+        atoms: Values of their own probability (caps, zeros) in a column that is otherwise
+            continuous.
         missing: Share of missing cells.
         origin: Integer that stands for zero (datetimes).
         per_second: Integers per second (datetimes).
@@ -119,9 +122,15 @@ class Column:
                 **{**base, "dtype": f"category:{dtype.categories.dtype}"},
             )
         if pd.api.types.is_complex_dtype(dtype):
-            raise ValueError(f"column {name!r}: complex data is not supported; split it into real and imaginary parts")
-        stamps = pd.api.types.is_datetime64_any_dtype(dtype) or pd.api.types.is_timedelta64_dtype(dtype)
-        if not stamps and (pd.api.types.is_bool_dtype(dtype) or not pd.api.types.is_numeric_dtype(dtype)):
+            raise ValueError(
+                f"column {name!r}: complex data is not supported; split it into real and imaginary parts"
+            )
+        stamps = pd.api.types.is_datetime64_any_dtype(dtype) or pd.api.types.is_timedelta64_dtype(
+            dtype
+        )
+        if not stamps and (
+            pd.api.types.is_bool_dtype(dtype) or not pd.api.types.is_numeric_dtype(dtype)
+        ):
             values = series.dropna()
             levels = sorted({_plain(v) for v in values}, key=lambda v: (str(type(v)), v))
             return cls(kind="categorical", levels=levels, **base)
@@ -130,14 +139,20 @@ class Column:
             whole = series.dropna().astype("int64")
             origin = int(whole.min()) if len(whole) else 0
             per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[_unit(dtype)]
-        out = cls(kind="datetime" if stamps else "numeric", origin=origin, per_second=per_second, **base)
+        out = cls(
+            kind="datetime" if stamps else "numeric", origin=origin, per_second=per_second, **base
+        )
         values = out.encode(series)
         values = values[~np.isnan(values)]
         if np.isinf(values).any():
-            raise ValueError(f"column {name!r} contains infinity; replace it by a missing value or a finite cap")
+            raise ValueError(
+                f"column {name!r} contains infinity; replace it by a missing value or a finite cap"
+            )
         level, count = np.unique(values, return_counts=True)
         n = len(values)
-        if len(level) <= 2 or (len(level) <= 12 and n >= 20 * len(level) and bool((level == np.round(level)).all())):
+        if len(level) <= 2 or (
+            len(level) <= 12 and n >= 20 * len(level) and bool((level == np.round(level)).all())
+        ):
             out.kind = "discrete" if not stamps else "datetime"
             if out.kind == "discrete":
                 out.levels = [float(v) for v in level]
@@ -149,7 +164,8 @@ class Column:
             regular = level[~np.isin(level, out.atoms)]
             out.anchor = float(regular[0])
         else:
-            # A value that a continuous column repeats far more often than chance is a value of its own.
+            # A value that a continuous column repeats far more often than chance is a value of its
+            # own.
             often = count >= max(5, 0.005 * n) if len(level) > 20 else count > n
             if often.sum() <= 16:
                 out.atoms = [float(v) for v in level[often]]
@@ -163,13 +179,19 @@ class Column:
         return out
 
     def encode(self, series: pd.Series) -> np.ndarray:
-        """Cells to float64: values, codes of levels (``len(levels)`` for an unknown one), NaN where missing."""
+        """Cells to float64.
+
+        Values, codes of levels (``len(levels)`` for an unknown one), NaN where missing.
+        """
         import pandas as pd
 
         if self.is_label and self.kind == "categorical":
             index = {v: i for i, v in enumerate(self.levels)}
             if isinstance(series.dtype, pd.CategoricalDtype):
-                table = np.array([index.get(_plain(v), len(index)) for v in series.cat.categories] + [np.nan], float)
+                table = np.array(
+                    [index.get(_plain(v), len(index)) for v in series.cat.categories] + [np.nan],
+                    float,
+                )
                 return table[series.cat.codes.to_numpy()]
             codes, uniques = pd.factorize(series)
             table = np.array([index.get(_plain(v), len(index)) for v in uniques] + [np.nan], float)
@@ -178,7 +200,9 @@ class Column:
             try:
                 whole = series.astype(self.dtype) if str(series.dtype) != self.dtype else series
             except (TypeError, ValueError) as error:
-                raise ValueError(f"column {self.name!r} was {self.dtype} in fitting; got {series.dtype}") from error
+                raise ValueError(
+                    f"column {self.name!r} was {self.dtype} in fitting; got {series.dtype}"
+                ) from error
             out = np.full(len(series), np.nan)
             good = whole.notna().to_numpy()
             out[good] = (whole[good].astype("int64").to_numpy() - self.origin) / self.per_second
@@ -186,13 +210,17 @@ class Column:
         try:
             x = series.to_numpy(dtype=float, na_value=np.nan)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"column {self.name!r} was numeric in fitting; got {series.dtype}") from error
+            raise ValueError(
+                f"column {self.name!r} was numeric in fitting; got {series.dtype}"
+            ) from error
         if self.kind == "discrete":
             level = np.array(self.levels, float)
             if not len(level):
                 return np.where(np.isnan(x), np.nan, 0.0)
             code = np.searchsorted(level, x).clip(0, len(level) - 1)
-            return np.where(np.isnan(x), np.nan, np.where(level[code] == x, code, len(level)).astype(float))
+            return np.where(
+                np.isnan(x), np.nan, np.where(level[code] == x, code, len(level)).astype(float)
+            )
         return x
 
     def decode(self, values: np.ndarray) -> pd.Series:
@@ -204,7 +232,9 @@ class Column:
             code = np.where(gone, -1, np.nan_to_num(values)).astype(int)
             if self.dtype.startswith("category:"):
                 levels = pd.Index(self.levels, dtype=self.dtype[9:])
-                return pd.Series(pd.Categorical.from_codes(code, levels, ordered=self.ordered), name=self.name)
+                return pd.Series(
+                    pd.Categorical.from_codes(code, levels, ordered=self.ordered), name=self.name
+                )
             if self.kind == "categorical":
                 labels = np.array([*self.levels, None], dtype=object)[code]
                 series = pd.Series(labels, name=self.name, dtype=object)
@@ -217,7 +247,9 @@ class Column:
             naive = self.dtype.split("[")[0] + "[" + _unit(self.dtype) + "]"
             series = pd.Series(whole.view(naive), name=self.name).mask(gone)
             if "," in self.dtype:
-                series = series.dt.tz_localize("UTC").dt.tz_convert(self.dtype.split(",")[1].strip(" ]"))
+                series = series.dt.tz_localize("UTC").dt.tz_convert(
+                    self.dtype.split(",")[1].strip(" ]")
+                )
             return series.astype(self.dtype)
         dtype = pd.api.types.pandas_dtype(self.dtype)
         series = pd.Series(values, name=self.name)
@@ -247,12 +279,20 @@ class Column:
         if self.is_label:
             if len(self.levels) == 1:
                 return f"constant {self.levels[0]!r}"
-            word = "ordered labels" if self.ordered else "labels" if self.kind == "categorical" else "numbers as labels"
+            word = (
+                "ordered labels"
+                if self.ordered
+                else "labels"
+                if self.kind == "categorical"
+                else "numbers as labels"
+            )
             return f"{len(self.levels)} {word}" if self.levels else "empty"
         parts = ["lattice, step %g" % self.step if self.step else "continuous"]
         parts += [f">= {self.lower:g}"] if self.lower is not None else []
         parts += [f"<= {self.upper:g}"] if self.upper is not None else []
-        parts += ["point masses at " + ", ".join(f"{a:g}" for a in self.atoms)] if self.atoms else []
+        parts += (
+            ["point masses at " + ", ".join(f"{a:g}" for a in self.atoms)] if self.atoms else []
+        )
         return ", ".join(parts)
 
 
@@ -274,8 +314,13 @@ class Schema:
             raise ValueError(f"column names must be unique; repeated: {twice}")
 
     @classmethod
-    def from_frame(cls, frame: pd.DataFrame, overrides: Mapping[Any, Mapping[str, Any]] | None = None) -> Schema:
-        """Read a table; ``overrides`` maps names to attributes of :class:`Column` to set, e.g. ``{"price": {"step": None}}``."""
+    def from_frame(
+        cls, frame: pd.DataFrame, overrides: Mapping[Any, Mapping[str, Any]] | None = None
+    ) -> Schema:
+        """Read a table; ``overrides`` maps names to attributes of :class:`Column` to set, e.g.
+
+        ``{"price": {"step": None}}``.
+        """
         twice = frame.columns[frame.columns.duplicated()]
         if len(twice):
             raise ValueError(f"column names must be unique; repeated: {[str(c) for c in twice]}")
@@ -284,7 +329,9 @@ class Schema:
             column = schema[name]
             for key, value in changes.items():
                 if key not in {f.name for f in dataclasses.fields(Column)}:
-                    raise ValueError(f"schema override of {name!r}: Column has no attribute {key!r}")
+                    raise ValueError(
+                        f"schema override of {name!r}: Column has no attribute {key!r}"
+                    )
                 setattr(column, key, value)
         return schema
 
@@ -329,16 +376,24 @@ class Schema:
             if column.name in frame.columns:
                 out[:, j] = column.encode(frame[column.name])
         if np.isinf(out).any():
-            where = [c.name for c, bad in zip(self.columns, np.isinf(out).any(0), strict=True) if bad]
-            raise ValueError(f"columns {where} contain infinity; replace it by a missing value or a finite cap")
+            where = [
+                c.name for c, bad in zip(self.columns, np.isinf(out).any(0), strict=True) if bad
+            ]
+            raise ValueError(
+                f"columns {where} contain infinity; replace it by a missing value or a finite cap"
+            )
         return out
 
-    def decode(self, values: np.ndarray, columns: Sequence[Any] | None = None, index: Any = None) -> pd.DataFrame:
+    def decode(
+        self, values: np.ndarray, columns: Sequence[Any] | None = None, index: Any = None
+    ) -> pd.DataFrame:
         """Array, shape (rows, columns), to table."""
         import pandas as pd
 
         keep = self.names if columns is None else list(columns)
-        parts = {c.name: c.decode(values[:, j]) for j, c in enumerate(self.columns) if c.name in keep}
+        parts = {
+            c.name: c.decode(values[:, j]) for j, c in enumerate(self.columns) if c.name in keep
+        }
         frame = pd.DataFrame(parts, columns=pd.Index(keep))
         return frame if index is None else frame.set_axis(index, axis=0)
 
@@ -346,7 +401,10 @@ class Schema:
         """One row per column: what it is and its share of missing cells."""
         import pandas as pd
 
-        rows = [dict(column=c.name, dtype=c.dtype, model=c.describe(), missing=c.missing) for c in self.columns]
+        rows = [
+            dict(column=c.name, dtype=c.dtype, model=c.describe(), missing=c.missing)
+            for c in self.columns
+        ]
         return pd.DataFrame(rows).set_index("column") if rows else pd.DataFrame()
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -389,7 +447,11 @@ def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:
         )
     if array.dtype.kind == "O":
         array = array.astype(float)  # numbers held as objects; strings raise here
-    names = list(names) if names is not None and len(names) == array.shape[1] else [f"x{i}" for i in range(array.shape[1])]
+    names = (
+        list(names)
+        if names is not None and len(names) == array.shape[1]
+        else [f"x{i}" for i in range(array.shape[1])]
+    )
     return pd.DataFrame(array, columns=names)
 
 

@@ -19,7 +19,9 @@ pytest.importorskip("safetensors")
 def table():
     rng = np.random.default_rng(0)
     x = rng.normal(size=4000)
-    return pd.DataFrame({"x": x, "y": x + 0.3 * rng.normal(size=4000), "k": np.where(x > 0, "up", "down")})
+    return pd.DataFrame(
+        {"x": x, "y": x + 0.3 * rng.normal(size=4000), "k": np.where(x > 0, "up", "down")}
+    )
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -34,7 +36,12 @@ def test_fit_score_sample_inspect(tmp_path, table, ending, capsys):
     nats = (pd.read_csv if ending == "csv" else pd.read_parquet)(scored)["log_density"]
     np.testing.assert_allclose(nats, DensityEstimator.load(model).score_samples(table), atol=1e-4)
     drawn = tmp_path / f"d.{ending}"
-    assert main(["sample", str(model), "-n", "50", "--seed", "1", "--given", "k=up", "-o", str(drawn)]) == 0
+    assert (
+        main(
+            ["sample", str(model), "-n", "50", "--seed", "1", "--given", "k=up", "-o", str(drawn)]
+        )
+        == 0
+    )
     frame = (pd.read_csv if ending == "csv" else pd.read_parquet)(drawn)
     assert len(frame) == 50 and (frame["k"] == "up").all()
     capsys.readouterr()
@@ -83,13 +90,26 @@ def test_two_processes_fit_one_model(tmp_path, table):
     )
     script = tmp_path / "fit.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=29517",
+    ]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(script), str(path), str(tmp_path / "m")], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(script), str(path), str(tmp_path / "m")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one = DensityEstimator(max_steps=40, random_state=0, hidden_dim=16, members=1, batch_size=256).fit(table)
+    one = DensityEstimator(
+        max_steps=40, random_state=0, hidden_dim=16, members=1, batch_size=256
+    ).fit(table)
     for k in (0, 1):
         shared = DensityEstimator.load(str(tmp_path / "m") + str(k))
         assert shared.score(table) == pytest.approx(one.score(table), abs=0.2)

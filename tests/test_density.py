@@ -1,4 +1,7 @@
-"""The density of tables: exactness against independent oracles, conventions, and behaviour on awkward tables."""
+"""The density of tables.
+
+Exactness against independent oracles, conventions, and behaviour on awkward tables.
+"""
 
 import copy
 import pickle
@@ -54,12 +57,24 @@ def test_histogram_is_a_density_with_the_right_distribution_function(step, lower
     x = np.random.default_rng(0).gamma(2.0, size=3000)
     x = np.round(x / step) * step if step else x
     hist = Histogram.fit(x, step=step, lower=lower)
-    ends = [hist.icdf_in_bin(torch.tensor([g]), torch.tensor([u]).double())[0] for g, u in ((0, 1e-9), (hist.num_bins - 1, 1 - 1e-9))]
+    ends = [
+        hist.icdf_in_bin(torch.tensor([g]), torch.tensor([u]).double())[0]
+        for g, u in ((0, 1e-9), (hist.num_bins - 1, 1 - 1e-9))
+    ]
     cuts = torch.cat([ends[0][None], hist.edges, ends[1][None]])
-    grid = torch.cat([a + (b - a) * (torch.arange(2000).double() + 0.5) / 2000 for a, b in zip(cuts[:-1], cuts[1:], strict=True)])
-    width = torch.cat([((b - a) / 2000).repeat(2000) for a, b in zip(cuts[:-1], cuts[1:], strict=True)])
+    grid = torch.cat(
+        [
+            a + (b - a) * (torch.arange(2000).double() + 0.5) / 2000
+            for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+        ]
+    )
+    width = torch.cat(
+        [((b - a) / 2000).repeat(2000) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    )
     group, log_f = hist.log_density(grid)
-    mass = torch.zeros(hist.num_bins, dtype=torch.float64).index_add_(0, group, log_f.exp() * width)
+    mass = torch.zeros(hist.num_bins, dtype=torch.float64).index_add_(
+        0, group, log_f.exp() * width
+    )
     torch.testing.assert_close(mass[1:-1], torch.ones_like(mass[1:-1]), atol=1e-6, rtol=0)
     assert (mass - 1).abs().max() < 0.02  # the tails reach beyond the grid
     g, u = hist.cdf_in_bin(grid)
@@ -69,9 +84,13 @@ def test_histogram_is_a_density_with_the_right_distribution_function(step, lower
 
 def test_histogram_finds_spikes_and_gaps_that_equal_shares_miss():
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.random(9000), 0.5 + 1e-4 * rng.random(600), 5 + 1e-3 * rng.random(400)])
+    x = np.concatenate(
+        [rng.random(9000), 0.5 + 1e-4 * rng.random(600), 5 + 1e-3 * rng.random(400)]
+    )
     hist = Histogram.fit(x)
-    log_f = torch.log(hist.bin_mass)[hist.log_density(torch.tensor([0.50005, 5.0005, 3.0, 0.2]))[0]]
+    log_f = torch.log(hist.bin_mass)[
+        hist.log_density(torch.tensor([0.50005, 5.0005, 3.0, 0.2]))[0]
+    ]
     total = (log_f + hist.log_density(torch.tensor([0.50005, 5.0005, 3.0, 0.2]).double())[1]).exp()
     assert total[0] == pytest.approx(600, rel=0.2)
     assert total[1] == pytest.approx(40, rel=0.2)
@@ -80,13 +99,17 @@ def test_histogram_finds_spikes_and_gaps_that_equal_shares_miss():
 
 
 @pytest.mark.parametrize("lower", [None, 0.0])
-@pytest.mark.parametrize("law", [stats.norm(5, 1), stats.t(2, 100), stats.lognorm(1.0), stats.uniform(1, 1)])
+@pytest.mark.parametrize(
+    "law", [stats.norm(5, 1), stats.t(2, 100), stats.lognorm(1.0), stats.uniform(1, 1)]
+)
 def test_normal_scores_are_smooth_increasing_and_invertible(law, lower):
     x = law.rvs(5000, random_state=0)
     if lower is not None:
         x = np.abs(x)
     scores = NormalScores.fit(x, lower=lower)
-    at = torch.tensor(np.concatenate([np.quantile(x, np.linspace(0, 1, 400)), [x.max() * 3]]), requires_grad=True)
+    at = torch.tensor(
+        np.concatenate([np.quantile(x, np.linspace(0, 1, 400)), [x.max() * 3]]), requires_grad=True
+    )
     s, log_slope = scores(at)
     (slope,) = torch.autograd.grad(s.sum(), at)
     torch.testing.assert_close(log_slope, slope.log(), atol=1e-6, rtol=1e-6)
@@ -102,11 +125,19 @@ def test_mixture_agrees_with_scipy_and_reads_columns_in_order():
     weight, mean = np.array([0.2, 0.5, 0.3]), rng.normal(size=(3, 2))
     label = rng.dirichlet(np.ones(4), 3)
     q = MixedMixture(
-        torch.tensor(weight).log(), torch.tensor(mean), torch.linalg.cholesky(torch.tensor(cov)), [torch.tensor(label).log()], [False, True, False]
+        torch.tensor(weight).log(),
+        torch.tensor(mean),
+        torch.linalg.cholesky(torch.tensor(cov)),
+        [torch.tensor(label).log()],
+        [False, True, False],
     )
     x, code = rng.normal(size=(50, 2)), rng.integers(0, 4, 50)
     want = logsumexp(
-        [np.log(w) + stats.multivariate_normal(m, c).logpdf(x) + np.log(p[code]) for w, m, c, p in zip(weight, mean, cov, label, strict=True)], axis=0
+        [
+            np.log(w) + stats.multivariate_normal(m, c).logpdf(x) + np.log(p[code])
+            for w, m, c, p in zip(weight, mean, cov, label, strict=True)
+        ],
+        axis=0,
     )
     state, total, known = q.start(50), torch.zeros(50), torch.ones(50, dtype=torch.bool)
     for j, value in enumerate([x[:, 0], None, x[:, 1]]):
@@ -141,12 +172,18 @@ def test_density_of_a_complete_row_integrates_to_one():
         for value in (0.0, 1.3):
             rows = pd.DataFrame({"x": value, "k": ks, "c": c})
             total = np.exp(model.score_samples(rows)).sum() * 5
-            np.testing.assert_allclose(total, np.exp(model.log_marginal(pd.DataFrame({"x": [value], "c": [c]}))), rtol=2e-2)
+            np.testing.assert_allclose(
+                total,
+                np.exp(model.log_marginal(pd.DataFrame({"x": [value], "c": [c]}))),
+                rtol=2e-2,
+            )
 
 
 def test_missing_cells_are_integrated_out(joint, table):
     rows = table.dropna().head(40).reset_index(drop=True)
-    both = [joint.score_samples(rows.assign(kind=pd.Categorical([v] * 40, ["u", "v"]))) for v in "uv"]
+    both = [
+        joint.score_samples(rows.assign(kind=pd.Categorical([v] * 40, ["u", "v"]))) for v in "uv"
+    ]
     blank = joint.score_samples(rows.assign(kind=pd.Categorical([None] * 40, ["u", "v"])))
     np.testing.assert_allclose(blank, np.logaddexp(*both), atol=1e-5)
     # `count` comes before observed columns in the model's order: Monte Carlo against summation.
@@ -215,7 +252,10 @@ def test_quantiles_invert_the_distribution_function_and_transforms_are_uniform()
         np.testing.assert_allclose(u, p, atol=1e-6)
     assert stats.kstest(model.pit(held)["y"], "uniform").pvalue > 1e-3
     inside = model.interval(held, 0.8)
-    share = ((held["y"].to_numpy() >= inside["y", "lower"]) & (held["y"].to_numpy() <= inside["y", "upper"])).mean()
+    share = (
+        (held["y"].to_numpy() >= inside["y", "lower"])
+        & (held["y"].to_numpy() <= inside["y", "upper"])
+    ).mean()
     assert share == pytest.approx(0.8, abs=0.08)
     truth = stats.norm(2 * held["x"], np.exp(0.5 * held["x"])).logpdf(held["y"]).mean()
     assert model.score(held) > truth - 0.15
@@ -317,7 +357,9 @@ def test_a_seed_gives_one_result_and_leaves_the_global_generators_alone(table):
 @pytest.mark.filterwarnings("ignore:Estimator DensityEstimator does not inherit:UserWarning")
 def test_scikit_learn_conventions():
     checks = pytest.importorskip("sklearn.utils.estimator_checks")
-    results = checks.check_estimator(DensityEstimator(max_steps=3, members=2, random_state=0), on_fail=None, on_skip=None)
+    results = checks.check_estimator(
+        DensityEstimator(max_steps=3, members=2, random_state=0), on_fail=None, on_skip=None
+    )
     failed = {r["check_name"]: str(r["exception"]) for r in results if r["status"] == "failed"}
     assert not failed
     from sklearn.base import clone
@@ -325,7 +367,9 @@ def test_scikit_learn_conventions():
     from sklearn.pipeline import make_pipeline
 
     assert clone(DensityEstimator(draws=7)).draws == 7
-    grid = GridSearchCV(DensityEstimator(max_steps=3, members=2, random_state=0), {"hidden_dim": [8, 16]}, cv=2)
+    grid = GridSearchCV(
+        DensityEstimator(max_steps=3, members=2, random_state=0), {"hidden_dim": [8, 16]}, cv=2
+    )
     assert "hidden_dim" in grid.fit(NORMAL).best_params_
     pipe = make_pipeline(DensityEstimator(max_steps=3, members=2, random_state=0)).fit(NORMAL)
     assert pipe.score_samples(NORMAL).shape == (300,)

@@ -13,24 +13,36 @@ N = 400
 
 
 def _stamps(n, **options):
-    return pd.Series(pd.Timestamp("2021-03-01") + pd.to_timedelta(RNG.integers(0, 900, n), unit="D"), **options)
+    return pd.Series(
+        pd.Timestamp("2021-03-01") + pd.to_timedelta(RNG.integers(0, 900, n), unit="D"), **options
+    )
 
 
 SERIES = {
     "float64": lambda: pd.Series(RNG.normal(size=N)),
     "float32": lambda: pd.Series(RNG.normal(size=N).astype(np.float32)),
-    "Float64 nullable": lambda: pd.Series(RNG.normal(size=N)).mask(RNG.random(N) < 0.2).astype("Float64"),
+    "Float64 nullable": lambda: (
+        pd.Series(RNG.normal(size=N)).mask(RNG.random(N) < 0.2).astype("Float64")
+    ),
     "int64": lambda: pd.Series(RNG.integers(-900, 900, N)),
     "uint8": lambda: pd.Series(RNG.integers(0, 255, N).astype("uint8")),
-    "Int64 nullable": lambda: pd.Series(RNG.poisson(40, N)).astype("Int64").mask(RNG.random(N) < 0.2),
+    "Int64 nullable": lambda: (
+        pd.Series(RNG.poisson(40, N)).astype("Int64").mask(RNG.random(N) < 0.2)
+    ),
     "int64[pyarrow]": lambda: pd.Series(RNG.poisson(40, N)).astype("int64[pyarrow]"),
     "bool": lambda: pd.Series(RNG.random(N) < 0.3),
-    "boolean nullable": lambda: pd.Series(RNG.random(N) < 0.3).astype("boolean").mask(RNG.random(N) < 0.2),
+    "boolean nullable": lambda: (
+        pd.Series(RNG.random(N) < 0.3).astype("boolean").mask(RNG.random(N) < 0.2)
+    ),
     "str": lambda: pd.Series(RNG.choice(["a", "b", "ccc"], N)).mask(RNG.random(N) < 0.2),
-    "string": lambda: pd.Series(RNG.choice(["a", "b"], N)).astype("string").mask(RNG.random(N) < 0.2),
+    "string": lambda: (
+        pd.Series(RNG.choice(["a", "b"], N)).astype("string").mask(RNG.random(N) < 0.2)
+    ),
     "object": lambda: pd.Series(RNG.choice(["a", "b"], N)).astype(object),
     "category": lambda: pd.Series(pd.Categorical(RNG.choice(["x", "y"], N), ["y", "unused", "x"])),
-    "ordered": lambda: pd.Series(pd.Categorical(RNG.choice(["lo", "hi"], N), ["lo", "hi"], ordered=True)),
+    "ordered": lambda: pd.Series(
+        pd.Categorical(RNG.choice(["lo", "hi"], N), ["lo", "hi"], ordered=True)
+    ),
     "category of int": lambda: pd.Series(pd.Categorical(RNG.integers(0, 4, N))),
     "datetime": lambda: _stamps(N),
     "datetime ns": lambda: _stamps(N).astype("datetime64[ns]"),

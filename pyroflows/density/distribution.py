@@ -17,8 +17,9 @@ __all__ = ["TableDistribution"]
 class TableDistribution(dist.TorchDistribution):
     r"""The joint density of number columns as a continuous distribution over vectors, columns in the table's order.
 
-    Lattice columns have the density that their dequantized values have, point masses none. ``log_prob`` is differentiable in its argument
-    almost everywhere (the histogram bins have steps); draws are exact, and not reparameterized.
+    Lattice columns have the density that their dequantized values have, point masses none.
+    ``log_prob`` is differentiable in its argument almost everywhere (the histogram bins have
+    steps); draws are exact, and not reparameterized.
 
     Args:
         model: A fitted model without given columns and without label targets.
@@ -31,8 +32,18 @@ class TableDistribution(dist.TorchDistribution):
     arg_constraints: dict[str, Any] = {}
     has_rsample = False
 
-    def __init__(self, model: TableModel, batch_shape: torch.Size = torch.Size(), *, validate_args: bool | None = None) -> None:
-        names = [model.schema.columns[j].name for j, c in zip(model.order, model.cells, strict=True) if c.is_label]
+    def __init__(
+        self,
+        model: TableModel,
+        batch_shape: torch.Size = torch.Size(),
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        names = [
+            model.schema.columns[j].name
+            for j, c in zip(model.order, model.cells, strict=True)
+            if c.is_label
+        ]
         if names or model.num_given:
             given = [model.schema.columns[j].name for j in model.order[: model.num_given]]
             raise ValueError(
@@ -40,7 +51,9 @@ class TableDistribution(dist.TorchDistribution):
                 "Fit the wanted columns alone, e.g. DensityEstimator(target=[...], given=[])"
             )
         self.model = model
-        super().__init__(torch.Size(batch_shape), torch.Size([len(model.order)]), validate_args=validate_args)
+        super().__init__(
+            torch.Size(batch_shape), torch.Size([len(model.order)]), validate_args=validate_args
+        )
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:
@@ -59,14 +72,20 @@ class TableDistribution(dist.TorchDistribution):
         flat = value.reshape(-1, self.event_shape[0]).double().cpu()
         rows = self.model.encode(flat, lattice=False)
         log_p = self.model.column_log_prob(rows, atoms=False)[0].sum(0)
-        return log_p.view(value.shape[:-1]).to(value).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+        return (
+            log_p.view(value.shape[:-1])
+            .to(value)
+            .expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+        )
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draws, shape (*sample_shape, *batch_shape, D), in torch's default dtype."""
         shape = self._extended_shape(torch.Size(sample_shape))
         blank = torch.full((shape[:-1].numel(), shape[-1]), torch.nan, dtype=torch.float64)
-        parts = [self.model.particles(part, 1, lattice=False)[0][:, 0] for part in blank.split(32768)]
+        parts = [
+            self.model.particles(part, 1, lattice=False)[0][:, 0] for part in blank.split(32768)
+        ]
         return torch.cat(parts).view(shape).to(torch.get_default_dtype())
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> TableDistribution:
@@ -78,4 +97,10 @@ def _between(lower: float, upper: float) -> constraints.Constraint:
     low, high = lower > -torch.inf, upper < torch.inf
     if low and high:
         return constraints.interval(lower, upper)
-    return constraints.greater_than(lower) if low else constraints.less_than(upper) if high else constraints.real
+    return (
+        constraints.greater_than(lower)
+        if low
+        else constraints.less_than(upper)
+        if high
+        else constraints.real
+    )

@@ -19,7 +19,14 @@ from pyroflows.density.columns import cells_for
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
 from pyroflows.density.streaming import TableFile, shards_of
-from pyroflows.density.training import column_scores, default_settings, fit_mixture, plan, stack, train
+from pyroflows.density.training import (
+    column_scores,
+    default_settings,
+    fit_mixture,
+    plan,
+    stack,
+    train,
+)
 from pyroflows.tables import Schema, as_frame
 
 if TYPE_CHECKING:
@@ -38,19 +45,23 @@ class DensityEstimator:
 
     .. math:: p(row) = \prod_t p(x_t \mid x_1, \ldots, x_{t-1})
 
-    Each conditional of a number is a mixture of logistics on a smooth scale and of the bins of an adaptive histogram, that of a label is a
-    softmax; the parameters come from one small network per column, several of them averaged, and for tables of up to 20,000 rows
-    joined with a mixture of Gaussians in the proportion that held-out rows prefer.
+    Each conditional of a number is a mixture of logistics on a smooth scale and of the bins of an
+    adaptive histogram, that of a label is a softmax; the parameters come from one small network
+    per column, several of them averaged, and for tables of up to 20,000 rows joined with a mixture
+    of Gaussians in the proportion that held-out rows prefer.
 
-    Log-densities are in data units: labels and integers count as probabilities, continuous columns as densities, lattice-valued ones as
-    P(cell) / step, datetimes per second. Missing cells are integrated out (exactly if no observed column comes after them in the model's order,
-    which puts columns with missing cells last; else by Monte Carlo with a fixed seed).
+    Log-densities are in data units: labels and integers count as probabilities, continuous columns
+    as densities, lattice-valued ones as P(cell) / step, datetimes per second. Missing cells are
+    integrated out (exactly if no observed column comes after them in the model's order, which puts
+    columns with missing cells last; else by Monte Carlo with a fixed seed).
 
     Args:
         target: Columns to model; None for all that are not given.
         given: Columns to condition on; None for none, or for all others where ``target`` is set.
-        schema: Changes to what the columns are taken for, e.g. ``{"price": {"step": None}}``; see :class:`pyroflows.tables.Column`.
-        missing: ``"ignore"``: missing cells are integrated out; ``"model"``: which cells are missing is part of the row, in scores and samples.
+        schema: Changes to what the columns are taken for, e.g. ``{"price": {"step": None}}``; see
+            :class:`pyroflows.tables.Column`.
+        missing: ``"ignore"``: missing cells are integrated out; ``"model"``: which cells are
+            missing is part of the row, in scores and samples.
         max_time: Seconds of processor time for training, at most.
         max_steps: Optimizer steps, at most; None for a plan by the size of the table.
         members: Networks per column; None for a choice by the number of rows.
@@ -124,19 +135,31 @@ class DensityEstimator:
         """Set constructor arguments."""
         for name, value in params.items():
             if name not in self._names():
-                raise ValueError(f"Invalid parameter {name!r} for estimator {self}. Valid parameters are: {self._names()}.")
+                raise ValueError(
+                    f"Invalid parameter {name!r} for estimator {self}. Valid parameters are: {self._names()}."
+                )
             setattr(self, name, value)
         return self
 
     def __repr__(self) -> str:
-        default = {n: p.default for n, p in inspect.signature(type(self).__init__).parameters.items()}
-        changed = [f"{n}={v!r}" for n, v in self.get_params().items() if not (v is default[n] or v == default[n])]
+        default = {
+            n: p.default for n, p in inspect.signature(type(self).__init__).parameters.items()
+        }
+        changed = [
+            f"{n}={v!r}"
+            for n, v in self.get_params().items()
+            if not (v is default[n] or v == default[n])
+        ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import InputTags, Tags, TargetTags
 
-        tags = Tags(estimator_type="density_estimator", target_tags=TargetTags(required=False), input_tags=InputTags())
+        tags = Tags(
+            estimator_type="density_estimator",
+            target_tags=TargetTags(required=False),
+            input_tags=InputTags(),
+        )
         tags.input_tags.allow_nan = True
         tags.input_tags.string = True
         tags.input_tags.categorical = True
@@ -148,7 +171,9 @@ class DensityEstimator:
     def set_output(self, *, transform: str | None = None) -> DensityEstimator:
         """Whether tables come back as ``"pandas"`` (default) or as NumPy arrays (``"default"``)."""
         if transform not in (None, "pandas", "default"):
-            raise ValueError(f"set_output: transform must be 'pandas', 'default' or None; got {transform!r}")
+            raise ValueError(
+                f"set_output: transform must be 'pandas', 'default' or None; got {transform!r}"
+            )
         if transform is not None:
             self._output = transform
         return self
@@ -178,7 +203,8 @@ class DensityEstimator:
             x = pd.DataFrame({k: [v] for k, v in x.items()}) if one else pd.DataFrame(x)
         frame = as_frame(x, self.schema_.names)
         names = [c.name for c in self.schema_]
-        if named and (self.target is not None or self.given is not None):  # the rest of a table is not our concern
+        # the rest of a table is not our concern
+        if named and (self.target is not None or self.given is not None):
             keep = [c for c in names if c in frame.columns]
             frame = frame[keep] if partial or len(keep) == len(names) else frame
         if not named and frame.shape[1] != len(names):
@@ -189,26 +215,44 @@ class DensityEstimator:
         if named and not partial and strings and hasattr(self, "feature_names_in_"):
             have = list(frame.columns)
             if have != names:
-                unknown, absent = [c for c in have if c not in names], [c for c in names if c not in have]
+                unknown, absent = (
+                    [c for c in have if c not in names],
+                    [c for c in names if c not in have],
+                )
                 lines = ["The feature names should match those that were passed during fit."]
-                lines += ["Feature names unseen at fit time:", *(f"- {c}" for c in sorted(unknown))] if unknown else []
-                lines += ["Feature names seen at fit time, yet now missing:", *(f"- {c}" for c in sorted(absent))] if absent else []
+                lines += (
+                    ["Feature names unseen at fit time:", *(f"- {c}" for c in sorted(unknown))]
+                    if unknown
+                    else []
+                )
+                lines += (
+                    [
+                        "Feature names seen at fit time, yet now missing:",
+                        *(f"- {c}" for c in sorted(absent)),
+                    ]
+                    if absent
+                    else []
+                )
                 if not unknown and not absent:
                     lines.append("Feature names must be in the same order as they were in fit.")
                 raise ValueError("\n".join(lines) + "\n")
         elif named and not partial and strings and not hasattr(self, "feature_names_in_"):
             warnings.warn(
-                f"X has feature names, but {type(self).__name__} was fitted without feature names", stacklevel=3
+                f"X has feature names, but {type(self).__name__} was fitted without feature names",
+                stacklevel=3,
             )
             frame = frame.set_axis(names, axis=1) if frame.shape[1] == len(names) else frame
         elif not named and hasattr(self, "feature_names_in_"):
             warnings.warn(
-                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names", stacklevel=3
+                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names",
+                stacklevel=3,
             )
         return frame
 
     def _encode(self, x: Any, *, partial: bool = False) -> Tensor:
-        return torch.from_numpy(self.schema_.encode(self._frame(x, partial=partial), partial=partial))
+        return torch.from_numpy(
+            self.schema_.encode(self._frame(x, partial=partial), partial=partial)
+        )
 
     def _seed(self, random_state: Any = None) -> int:
         state = self.random_state if random_state is None else random_state
@@ -220,7 +264,9 @@ class DensityEstimator:
             return int(state.integers(2**31 - 1))
         if isinstance(state, numbers.Integral):
             return int(state)
-        raise ValueError(f"random_state must be an integer, a RandomState, a Generator or None; got {state!r}")
+        raise ValueError(
+            f"random_state must be an integer, a RandomState, a Generator or None; got {state!r}"
+        )
 
     def _generator(self, random_state: Any = None) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(random_state))
@@ -239,13 +285,18 @@ class DensityEstimator:
             The estimator.
 
         Raises:
-            ValueError: For an empty table, infinite cells, or names that are not columns, naming them.
+            ValueError: For an empty table, infinite cells, or names that are not columns, naming
+                them.
         """
         frame = as_frame(X)
         if frame.shape[1] == 0:
-            raise ValueError(f"0 feature(s) (shape={frame.shape}) while a minimum of 1 is required.")
+            raise ValueError(
+                f"0 feature(s) (shape={frame.shape}) while a minimum of 1 is required."
+            )
         if len(frame) == 0:
-            raise ValueError(f"Found table with 0 sample(s) (shape={frame.shape}) while a minimum of 1 is required.")
+            raise ValueError(
+                f"Found table with 0 sample(s) (shape={frame.shape}) while a minimum of 1 is required."
+            )
         if self.missing not in ("ignore", "model"):
             raise ValueError(f"missing must be 'ignore' or 'model'; got {self.missing!r}")
         weight = _weights(sample_weight, len(frame))
@@ -263,10 +314,13 @@ class DensityEstimator:
         values = torch.from_numpy(self.schema_.encode(frame[used]))
         return self._fit_values(values, torch.from_numpy(weight), [used.index(g) for g in given])
 
-    def fit_file(self, path: Any, *, in_memory: int = 1_000_000, sample_rows: int = 200_000) -> DensityEstimator:
+    def fit_file(
+        self, path: Any, *, in_memory: int = 1_000_000, sample_rows: int = 200_000
+    ) -> DensityEstimator:
         """Fit a CSV or Parquet file (or a folder of them), streaming it if it has more rows than ``in_memory``.
 
-        The schema, scales and held-out rows then come from a random sample; training rows stream in shuffled chunks, row groups in random order.
+        The schema, scales and held-out rows then come from a random sample; training rows stream
+        in shuffled chunks, row groups in random order.
 
         Args:
             path: The file or folder.
@@ -302,7 +356,13 @@ class DensityEstimator:
 
     def _roles(self, columns: list[Any]) -> tuple[list[Any], list[Any]]:
         def listed(x: Any) -> list[Any] | None:
-            return None if x is None else [x] if isinstance(x, str) or not isinstance(x, Sequence) else list(x)
+            return (
+                None
+                if x is None
+                else [x]
+                if isinstance(x, str) or not isinstance(x, Sequence)
+                else list(x)
+            )
 
         target, given = listed(self.target), listed(self.given)
         if target is None:
@@ -319,9 +379,18 @@ class DensityEstimator:
         return target, given
 
     def _fit_values(
-        self, values: Tensor, weight: Tensor, given: list[int], *, shards: Callable[[], Iterator[Any]] | None = None, total: int | None = None
+        self,
+        values: Tensor,
+        weight: Tensor,
+        given: list[int],
+        *,
+        shards: Callable[[], Iterator[Any]] | None = None,
+        total: int | None = None,
     ) -> DensityEstimator:
-        """Fit encoded rows; ``shards`` replaces them as training rows where the table is larger than memory."""
+        """Fit encoded rows.
+
+        ``shards`` replaces them as training rows where the table is larger than memory.
+        """
         n = len(values)
         seed = self._seed()
         generator = torch.Generator().manual_seed(seed)
@@ -329,7 +398,11 @@ class DensityEstimator:
         targets = [j for j in range(len(columns)) if j not in given]
         size = total or n
         settings = default_settings(size, len(targets))
-        settings |= {k: v for k, v in dict(members=self.members, hidden_dim=self.hidden_dim).items() if v is not None}
+        settings |= {
+            k: v
+            for k, v in dict(members=self.members, hidden_dim=self.hidden_dim).items()
+            if v is not None
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             resampled = values
@@ -344,7 +417,13 @@ class DensityEstimator:
             valid = model.encode(values[held])
             parts = self._mixtures(model, resampled, fold, generator) if size <= 20000 else []
             self.model_ = model = model.to(self._device(size))
-            budget = plan(model, size, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps)
+            budget = plan(
+                model,
+                size,
+                batch_size=self.batch_size,
+                seconds=self.max_time,
+                steps=self.max_steps,
+            )
             rank, world = _rank()
             bar = _bar(self.progress and rank == 0, budget["steps"])
             start = column_scores(model, valid).sum(1).mean().item() if len(held) else math.nan
@@ -371,7 +450,9 @@ class DensityEstimator:
         self._calibrate(values[held] if len(held) else values)
         return self
 
-    def _mixtures(self, model: TableModel, values: Tensor, fold: Tensor, generator: torch.Generator) -> list[MixedMixture]:
+    def _mixtures(
+        self, model: TableModel, values: Tensor, fold: Tensor, generator: torch.Generator
+    ) -> list[MixedMixture]:
         """One simple model per fold, of at most 6,000 rows."""
         out = []
         for m in range(model.members):
@@ -386,7 +467,9 @@ class DensityEstimator:
         """Keep what thresholds and summaries need of the held-out rows."""
         few = values[:2000]
         score = self.model_.log_prob(few, draws=16, generator=self._generator(0)).numpy()
-        self._score_quantiles = np.quantile(score, np.linspace(0, 1, 201)) if len(score) else np.zeros(201)
+        self._score_quantiles = (
+            np.quantile(score, np.linspace(0, 1, 201)) if len(score) else np.zeros(201)
+        )
         rows = self.model_.encode(few)
         with torch.no_grad():
             nats = self.model_.column_log_prob(rows)[0]
@@ -399,7 +482,10 @@ class DensityEstimator:
         return torch.device(self.device)
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DensityEstimator:
-        """Go on training on more rows of the same columns; the schema, scales and bins stay those of the first call."""
+        """Go on training on more rows of the same columns.
+
+        The schema, scales and bins stay those of the first call.
+        """
         if not hasattr(self, "model_"):
             return self.fit(X, y, sample_weight)
         values = self._encode(X)
@@ -407,7 +493,9 @@ class DensityEstimator:
         generator, model, n = self._generator(), self.model_, len(values)
         fold = _folds(n, n, model.members, generator)
         held = (fold >= 0).nonzero()[:, 0]
-        budget = plan(model, n, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps)
+        budget = plan(
+            model, n, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps
+        )
         budget["steps"] = min(budget["steps"], max(20, 5 * n // budget["batch_size"]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed())
@@ -436,16 +524,25 @@ class DensityEstimator:
         model = self._ready()
         values = self._encode(X)
         generator = torch.Generator().manual_seed(0)
-        return model.log_prob(values, pattern=self.missing == "model", draws=self.draws, generator=generator).numpy()
+        return model.log_prob(
+            values, pattern=self.missing == "model", draws=self.draws, generator=generator
+        ).numpy()
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-density of the rows."""
         return float(np.mean(self.score_samples(X)))
 
     def log_marginal(self, X: Any) -> np.ndarray:
-        """Log-density of the cells that are there, shape (rows,); columns may be absent, whatever ``missing`` says."""
+        """Log-density of the cells that are there, shape (rows,).
+
+        Columns may be absent, whatever ``missing`` says.
+        """
         values = self._given_or_all(X)
-        return self._ready().log_prob(values, draws=self.draws, generator=torch.Generator().manual_seed(0)).numpy()
+        return (
+            self._ready()
+            .log_prob(values, draws=self.draws, generator=torch.Generator().manual_seed(0))
+            .numpy()
+        )
 
     def _given_or_all(self, X: Any) -> Tensor:
         self._ready()
@@ -480,22 +577,34 @@ class DensityEstimator:
                 high = model.cdf(t, x.nan_to_num(float(c.loc)), net, q)
                 low = model.cdf(t, c.below(x.nan_to_num(float(c.loc))), net, q)
                 u = low + (high - low) * torch.rand(len(x), generator=generator, dtype=x.dtype)
-                out[self.schema_.columns[model.order[place]].name] = torch.where(x.isnan(), torch.nan, u).numpy()
+                out[self.schema_.columns[model.order[place]].name] = torch.where(
+                    x.isnan(), torch.nan, u
+                ).numpy()
         return pd.DataFrame(out)
 
     # ------------------------------------------------------------------ samples
 
-    def sample(self, n: int = 1, given: Any = None, *, missing: bool | None = None, random_state: Any = None) -> Any:
+    def sample(
+        self,
+        n: int = 1,
+        given: Any = None,
+        *,
+        missing: bool | None = None,
+        random_state: Any = None,
+    ) -> Any:
         """Draw rows.
 
         Args:
             n: Number of rows, or of rows per row of ``given``.
-            given: Values to condition on: a dict or DataFrame with some of the columns (of a joint model), or with all given columns.
-            missing: Whether cells may be missing, as often as in the data; default as ``missing="model"`` says.
+            given: Values to condition on: a dict or DataFrame with some of the columns (of a joint
+                model), or with all given columns.
+            missing: Whether cells may be missing, as often as in the data; default as
+                ``missing="model"`` says.
             random_state: Seed; default the estimator's.
 
         Returns:
-            DataFrame of the columns of the fit with their dtypes; n consecutive rows for each row of ``given``.
+            DataFrame of the columns of the fit with their dtypes; n consecutive rows for each row
+            of ``given``.
         """
         model = self._ready()
         generator = self._generator(random_state)
@@ -506,35 +615,54 @@ class DensityEstimator:
         if given is None:
             if model.num_given:
                 names = [self.schema_.columns[j].name for j in model.order[: model.num_given]]
-                raise ValueError(f"this model is conditional: pass given= with the columns {names}")
+                raise ValueError(
+                    f"this model is conditional: pass given= with the columns {names}"
+                )
             blank = torch.full((n, len(self.schema_)), torch.nan, dtype=torch.float64)
-            return self._wrapped(self.schema_.decode(self._fill(blank, 1, generator, leave)[:, 0].numpy()))
+            return self._wrapped(
+                self.schema_.decode(self._fill(blank, 1, generator, leave)[:, 0].numpy())
+            )
         values = self._given(given)
         if not len(values) or not n:
             return self._wrapped(self.schema_.decode(values[:0].numpy()))
-        return self._wrapped(self.schema_.decode(self._fill(values, n, generator, leave).flatten(0, 1).numpy()))
+        return self._wrapped(
+            self.schema_.decode(self._fill(values, n, generator, leave).flatten(0, 1).numpy())
+        )
 
     def _given(self, given: Any) -> Tensor:
-        """Encoded evidence: targets of a conditional model are blanked, its given columns must be there."""
+        """Encoded evidence.
+
+        Targets of a conditional model are blanked, its given columns must be there.
+        """
         model = self._ready()
         frame = self._frame(given, partial=True)
         if model.num_given:
             names = [self.schema_.columns[j].name for j in model.order[: model.num_given]]
             absent = [c for c in names if c not in frame.columns]
             if absent:
-                raise ValueError(f"this model is conditional: the given columns {absent} are missing")
+                raise ValueError(
+                    f"this model is conditional: the given columns {absent} are missing"
+                )
             frame = frame[[c for c in frame.columns if c in names]]
         return torch.from_numpy(self.schema_.encode(frame, partial=True))
 
-    def _fill(self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False) -> Tensor:
-        """n completions of each row, shape (N, n, D)."""
+    def _fill(
+        self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False
+    ) -> Tensor:
+        """N completions of each row, shape (N, n, D)."""
         model = self._ready()
         out = []
-        first, last = model._gaps(values[:, model.order[model.num_given :]].T.isnan()) if len(values) else (None, None)
+        first, last = (
+            model._gaps(values[:, model.order[model.num_given :]].T.isnan())
+            if len(values)
+            else (None, None)
+        )
         weigh = bool(len(values)) and bool((last > first).any())
         draws = max(self.draws, n) if weigh else n
         for part in values.split(max(1, 32768 // max(draws, 1))):
-            filled, log_w, _ = model.particles(part, draws, generator=generator, leave_missing=leave)
+            filled, log_w, _ = model.particles(
+                part, draws, generator=generator, leave_missing=leave
+            )
             if weigh:
                 pick = torch.multinomial(log_w.exp(), n, True, generator=generator)
                 filled = filled[torch.arange(len(part))[:, None], pick]
@@ -546,7 +674,8 @@ class DensityEstimator:
 
         Args:
             X: Table with missing cells; absent columns of a joint model count as missing.
-            method: ``"draw"`` one joint draw per row, or ``"mean"`` the mean of a number and the most probable label, each by itself.
+            method: ``"draw"`` one joint draw per row, or ``"mean"`` the mean of a number and the
+                most probable label, each by itself.
             random_state: Seed; default the estimator's.
         """
         if method not in ("draw", "mean"):
@@ -569,13 +698,22 @@ class DensityEstimator:
 
     # ------------------------------------------------------------------ summaries of conditionals
 
-    def quantile(self, given: Any, q: float | Sequence[float] = 0.5, *, draws: int = 1024, random_state: Any = None) -> pd.DataFrame:
+    def quantile(
+        self,
+        given: Any,
+        q: float | Sequence[float] = 0.5,
+        *,
+        draws: int = 1024,
+        random_state: Any = None,
+    ) -> pd.DataFrame:
         """Quantiles of the number targets given the rest of each row.
 
-        Exact (by inverting the distribution function) for the first target of a conditional model; from ``draws`` samples otherwise.
+        Exact (by inverting the distribution function) for the first target of a conditional model;
+        from ``draws`` samples otherwise.
 
         Args:
-            given: Rows to condition on; for a joint model, columns that are absent or missing are the targets.
+            given: Rows to condition on; for a joint model, columns that are absent or missing are
+                the targets.
             q: One probability or several.
             draws: Samples per row.
             random_state: Seed; default the estimator's.
@@ -599,29 +737,50 @@ class DensityEstimator:
                 with torch.no_grad():
                     _, _, features, state, _ = next(model.walk(values))
                     net, s = model.conditional(0, features, state)
-                    found = [model.icdf(0, torch.full((len(values),), float(p), dtype=torch.float64), net, s).numpy() for p in levels]
+                    found = [
+                        model.icdf(
+                            0, torch.full((len(values),), float(p), dtype=torch.float64), net, s
+                        ).numpy()
+                        for p in levels
+                    ]
             else:
                 if filled is None:
                     filled = self._fill(values, draws, self._generator(random_state)).numpy()
                 x = filled[:, :, model.order[model.num_given + t]]
-                found = list(np.quantile(x, levels, axis=1, method="inverted_cdf" if column.step else "linear"))
+                found = list(
+                    np.quantile(
+                        x, levels, axis=1, method="inverted_cdf" if column.step else "linear"
+                    )
+                )
             for p, x in zip(levels, found, strict=True):
-                out[column.name if np.ndim(q) == 0 else (column.name, float(p))] = _times(column, x)
+                out[column.name if np.ndim(q) == 0 else (column.name, float(p))] = _times(
+                    column, x
+                )
         frame = pd.DataFrame(out)
         if np.ndim(q):
             frame.columns = pd.MultiIndex.from_tuples(frame.columns, names=["column", "q"])
         return frame
 
     def interval(self, given: Any, coverage: float = 0.9, **options: Any) -> pd.DataFrame:
-        """Central prediction intervals, columns (target, "lower") and (target, "upper"); options as for :meth:`quantile`."""
+        """Central prediction intervals, columns (target, "lower") and (target, "upper").
+
+        Options as for :meth:`quantile`.
+        """
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie in (0, 1); got {coverage}")
         out = self.quantile(given, [(1 - coverage) / 2, (1 + coverage) / 2], **options)
-        names = [(name, side) for name in out.columns.get_level_values(0).unique() for side in ("lower", "upper")]
+        names = [
+            (name, side)
+            for name in out.columns.get_level_values(0).unique()
+            for side in ("lower", "upper")
+        ]
         return out.set_axis(type(out.columns).from_tuples(names, names=["column", "end"]), axis=1)
 
     def mean(self, given: Any, *, draws: int = 1024, random_state: Any = None) -> pd.DataFrame:
-        """Means of the number targets given the rest of each row: averages of quantiles if exact, of samples otherwise."""
+        """Means of the number targets given the rest of each row.
+
+        Averages of quantiles if exact, of samples otherwise.
+        """
         import pandas as pd
 
         model, values = self._ready(), self._given(given)
@@ -634,7 +793,9 @@ class DensityEstimator:
         out = {}
         for t in places:
             column = self.schema_.columns[model.order[model.num_given + t]]
-            out[column.name] = _times(column, filled[:, :, model.order[model.num_given + t]].mean(1))
+            out[column.name] = _times(
+                column, filled[:, :, model.order[model.num_given + t]].mean(1)
+            )
         return pd.DataFrame(out)
 
     def _open(self, values: Tensor) -> list[int]:
@@ -643,13 +804,19 @@ class DensityEstimator:
         gone = values[:, model.order[model.num_given :]].isnan().all(0)
         places = [t for t, c in enumerate(model.targets) if bool(gone[t]) and not c.is_label]
         if not places:
-            raise ValueError("no number column is left to predict: leave the wanted columns out of given")
+            raise ValueError(
+                "no number column is left to predict: leave the wanted columns out of given"
+            )
         return places
 
     # ------------------------------------------------------------------ reports and files
 
     def summary(self) -> pd.DataFrame:
-        """One row per column: its role, how it is modelled, its share of missing cells, its held-out nats given earlier columns."""
+        """One row per column.
+
+        Its role, how it is modelled, its share of missing cells, its held-out nats given
+        earlier columns.
+        """
         model = self._ready()
         frame = self.schema_.summary()
         names = [self.schema_.columns[j].name for j in model.order]
@@ -671,7 +838,10 @@ class DensityEstimator:
         return TableDistribution(self._ready())
 
     def save(self, path: Any) -> None:
-        """Write a safetensors file with the schema in its metadata; it holds numbers and JSON, no code."""
+        """Write a safetensors file with the schema in its metadata.
+
+        It holds numbers and JSON, no code.
+        """
         self._ready()
         if _rank()[0] == 0:
             files.save(self, path)
@@ -694,7 +864,9 @@ def _weights(weight: Any, n: int) -> np.ndarray:
         return np.full(n, float(weight))
     out = np.array(weight, dtype=float)
     if out.ndim != 1 or len(out) != n:
-        raise ValueError(f"Sample weights must be 1D array or scalar of length {n}; got shape {out.shape}")
+        raise ValueError(
+            f"Sample weights must be 1D array or scalar of length {n}; got shape {out.shape}"
+        )
     if not np.isfinite(out).all() or (out < 0).any() or out.sum() == 0:
         raise ValueError("sample_weight must be finite, nonnegative and not all zero")
     return out / out[out > 0].mean()
@@ -714,7 +886,9 @@ def _folds(n: int, size: int, members: int, generator: torch.Generator) -> Tenso
 def _history(entries: list[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(entries, columns=["step", "epoch", "train", "valid", "lr", "seconds", "skipped"])
+    return pd.DataFrame(
+        entries, columns=["step", "epoch", "train", "valid", "lr", "seconds", "skipped"]
+    )
 
 
 def _bar(show: bool, steps: int) -> Callable[[dict[str, float] | None], None]:
@@ -745,4 +919,6 @@ def _rank() -> tuple[int, int]:
 def _parallel(module: nn.Module) -> nn.Module:
     device = next(module.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
+    )

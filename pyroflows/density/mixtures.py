@@ -1,4 +1,7 @@
-"""Mixtures of Gaussians and label frequencies: the simple model that a small table is best served by."""
+"""Mixtures of Gaussians and label frequencies.
+
+The simple model that a small table is best served by.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ class MixedMixture(nn.Module):
 
     .. math:: p(s, \ell) = \sum_k \pi_k\, N(s; \mu_k, L_k L_k^\top) \prod_j \theta_{kj}(\ell_j)
 
-    Read column by column it is an autoregressive model whose conditionals are again mixtures, with weights that the columns read so
-    far have updated.
+    Read column by column it is an autoregressive model whose conditionals are again mixtures, with
+    weights that the columns read so far have updated.
 
     Args:
         log_weight: :math:`\log \pi`, shape (K,).
@@ -29,7 +32,12 @@ class MixedMixture(nn.Module):
     """
 
     def __init__(
-        self, log_weight: Tensor, mean: Tensor, chol: Tensor, labels: list[Tensor], is_label: list[bool]
+        self,
+        log_weight: Tensor,
+        mean: Tensor,
+        chol: Tensor,
+        labels: list[Tensor],
+        is_label: list[bool],
     ) -> None:
         super().__init__()
         self.register_buffer("log_weight", log_weight.double())
@@ -65,8 +73,13 @@ class MixedMixture(nn.Module):
         """Log-probabilities of the labels of column j, shape (N, C)."""
         return (state[0][..., None] + self.tables[self.place[j]]).logsumexp(1)
 
-    def log_prob(self, j: int, state: State, cell: Tensor, upper: Tensor, width: Tensor, offset: Tensor) -> Tensor:
-        """Log-density of the cells of column j, shape (N,); the arguments are those of the columns' encoding."""
+    def log_prob(
+        self, j: int, state: State, cell: Tensor, upper: Tensor, width: Tensor, offset: Tensor
+    ) -> Tensor:
+        """Log-density of the cells of column j, shape (N,).
+
+        The arguments are those of the columns' encoding.
+        """
         if self.is_label[j]:
             table = self.tables[self.place[j]]
             return (state[0] + table[:, cell.clamp(0, table.shape[1] - 1)].T).logsumexp(1)
@@ -92,7 +105,9 @@ class MixedMixture(nn.Module):
             _, mean, sd = self.predict(j, state)
             z = (score[:, None] - mean) / sd
             i = self.place[j]
-            e = torch.cat([e[..., :i], torch.where(known[:, None], z, 0.0)[..., None], e[..., i + 1 :]], -1)
+            e = torch.cat(
+                [e[..., :i], torch.where(known[:, None], z, 0.0)[..., None], e[..., i + 1 :]], -1
+            )
             gain = -0.5 * z**2 - sd.log()
         return (log_w + torch.where(known[:, None], gain, 0.0)).log_softmax(1), e
 
@@ -132,14 +147,19 @@ class MixedMixture(nn.Module):
             iterations: EM steps per try.
         """
         n, d = numbers.shape
-        hot = [torch.nn.functional.one_hot(labels[:, i] + 1, c + 1)[:, 1:].double() for i, c in enumerate(sizes)]
+        hot = [
+            torch.nn.functional.one_hot(labels[:, i] + 1, c + 1)[:, 1:].double()
+            for i, c in enumerate(sizes)
+        ]
         freq = [(h.sum(0) + 0.5) / (h.sum() + 0.5 * h.shape[1]) for h in hot]
         spread = (numbers - numbers.mean(0)).square().mean(0).clamp_min(1e-4)
         flat = torch.cat([numbers / spread.sqrt(), *hot], 1)
         best, best_bic, worse = None, math.inf, 0
         for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
             params = k * (1 + d + d * (d + 1) / 2 + sum(c - 1 for c in sizes)) - 1
-            if k > 1 and (k > max_components or n < 2 * params / max(d + len(sizes), 1) or worse > 1):
+            if k > 1 and (
+                k > max_components or n < 2 * params / max(d + len(sizes), 1) or worse > 1
+            ):
                 break
             for _ in range(2 if n < 5000 and k > 1 else 1):
                 resp = _seeded(flat, k, generator)
@@ -172,13 +192,18 @@ class MixedMixture(nn.Module):
         cov = (scatter + prior * 0.1 * torch.diag(spread)) / (count + prior)[:, None, None]
         cov = cov + 1e-5 * torch.diag(spread)
         tables = [
-            ((resp.T @ h + 1.0 * f) / (resp.T @ h + 1.0 * f).sum(1, keepdim=True)).log() for h, f in zip(hot, freq, strict=True)
+            ((resp.T @ h + 1.0 * f) / (resp.T @ h + 1.0 * f).sum(1, keepdim=True)).log()
+            for h, f in zip(hot, freq, strict=True)
         ]
-        return cls(((count + 1) / (n + k)).log(), mean, torch.linalg.cholesky(cov), tables, is_label)
+        return cls(
+            ((count + 1) / (n + k)).log(), mean, torch.linalg.cholesky(cov), tables, is_label
+        )
 
     def _joint(self, numbers: Tensor, hot: list[Tensor]) -> Tensor:
         d = numbers.shape[1]
-        e = torch.linalg.solve_triangular(self.chol, (numbers[None] - self.mean[:, None]).mT, upper=False)
+        e = torch.linalg.solve_triangular(
+            self.chol, (numbers[None] - self.mean[:, None]).mT, upper=False
+        )
         half = self.chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         out = self.log_weight - 0.5 * (e**2).sum(1).T - half - 0.5 * d * math.log(2 * math.pi)
         return out + sum(h @ t.T for h, t in zip(hot, self.tables, strict=True))

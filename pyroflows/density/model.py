@@ -1,4 +1,7 @@
-"""The mixed autoregressive model of a table: conditionals column by column, exact on complete rows, Monte Carlo over missing cells."""
+"""The mixed autoregressive model of a table.
+
+Conditionals column by column, exact on complete rows, Monte Carlo over missing cells.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyroflows.density.columns import NEVER, Encoded, LabelCells, NumberCells
@@ -45,7 +47,11 @@ class Rows:
 
     def __getitem__(self, rows: Tensor | slice) -> Rows:
         return Rows(
-            self.features[rows], self.cell[:, rows], self.parts[:, :, rows], self.missing[:, rows], self.raw[rows]
+            self.features[rows],
+            self.cell[:, rows],
+            self.parts[:, :, rows],
+            self.missing[:, rows],
+            self.raw[rows],
         )
 
     def to(self, device: torch.device) -> Rows:
@@ -59,8 +65,8 @@ class TableModel(nn.Module):
 
     .. math:: p(x_t \mid x_{<t}) = (1 - \alpha_t)\, \frac1M \sum_m p_m(x_t \mid x_{<t}) + \alpha_t\, q(x_t \mid x_{<t})
 
-    with M networks per column and, for small tables, a mixed mixture q; every term is an exact conditional density.
-    One network call per column in either direction.
+    with M networks per column and, for small tables, a mixed mixture q; every term is an exact
+    conditional density. One network call per column in either direction.
 
     Args:
         schema: The table's columns.
@@ -91,9 +97,14 @@ class TableModel(nn.Module):
     ) -> None:
         super().__init__()
         self.schema, self.order, self.num_given = schema, list(order), num_given
-        self._host = list(cells), mixture  # a tuple hides them from .to(): decoding wants float64 on the CPU
+        # a tuple hides them from .to(): decoding wants float64 on the CPU
+        self._host = list(cells), mixture
         self.config = dict(
-            members=members, hidden_dim=hidden_dim, depth=depth, components=components, dropout=dropout
+            members=members,
+            hidden_dim=hidden_dim,
+            depth=depth,
+            components=components,
+            dropout=dropout,
         )
         self.members = members
         ends = np.cumsum([0, *(c.num_features for c in cells)])
@@ -110,17 +121,31 @@ class TableModel(nn.Module):
             sizes[c.is_label] += 1
         self.sizes = sizes
         groups = [
-            [m * t_count + t for m in range(members) for t in range(t_count) if self.place[t][0] == kind] for kind in (0, 1)
+            [
+                m * t_count + t
+                for m in range(members)
+                for t in range(t_count)
+                if self.place[t][0] == kind
+            ]
+            for kind in (0, 1)
         ]
         self.bins = [
-            max([c.num_bins for c in targets if c.is_label == bool(kind)], default=1) for kind in (0, 1)
+            max([c.num_bins for c in targets if c.is_label == bool(kind)], default=1)
+            for kind in (0, 1)
         ]
         outputs = [1 + self.bins[0] + 3 * components, 1 + self.bins[1]]
         self.nets = ColumnNets(
-            mask.repeat(members, 1), groups, outputs, hidden_dim=hidden_dim, depth=depth, dropout=dropout
+            mask.repeat(members, 1),
+            groups,
+            outputs,
+            hidden_dim=hidden_dim,
+            depth=depth,
+            dropout=dropout,
         )
         self.register_buffer("alpha", torch.zeros(t_count))
-        self.register_buffer("has_missing", torch.tensor([bool(c.missing_seen) for c in targets], dtype=torch.bool))
+        self.register_buffer(
+            "has_missing", torch.tensor([bool(c.missing_seen) for c in targets], dtype=torch.bool)
+        )
         for kind in (0, 1):
             log_mass = torch.full((sizes[kind], self.bins[kind]), NEVER, dtype=torch.float32)
             for t, c in enumerate(targets):
@@ -178,7 +203,10 @@ class TableModel(nn.Module):
         raw = values[:, self.order]
         n = len(raw)
         features = [c.features(raw[:, i]) for i, c in enumerate(self.cells)]
-        encoded = [c.encode(raw[:, self.num_given + t], lattice=lattice) for t, c in enumerate(self.targets)]
+        encoded = [
+            c.encode(raw[:, self.num_given + t], lattice=lattice)
+            for t, c in enumerate(self.targets)
+        ]
         return Rows(
             torch.cat(features, 1) if features else raw.new_zeros(n, 1).float(),
             torch.stack([e.cell for e in encoded]),
@@ -192,7 +220,8 @@ class TableModel(nn.Module):
     def net_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
         """Log-densities of the target cells under every network, and log-odds of being missing, both (M, T, N).
 
-        Without ``atoms``, point masses get no probability. Unknown labels and missing cells get some number for the caller to replace.
+        Without ``atoms``, point masses get no probability. Unknown labels and missing cells get
+        some number for the caller to replace.
         """
         out = self.nets(rows.features)
         if not self.training:
@@ -216,7 +245,9 @@ class TableModel(nn.Module):
                         c = self.targets[t]
                         hide[i, 1 + c.hist.num_bins : 1 + c.num_bins] = True
                     o = o.masked_fill(hide.repeat(self.members, 1)[:, None], NEVER)
-                value = mixture_log_prob(o[..., 1:], cell, inside, upper, width, offset, self.bins[0])
+                value = mixture_log_prob(
+                    o[..., 1:], cell, inside, upper, width, offset, self.bins[0]
+                )
             value = value.view(self.members, len(which), n)
             odds = o[..., 0].view(self.members, len(which), n)
             for i, t in enumerate(which):
@@ -226,7 +257,8 @@ class TableModel(nn.Module):
     def _floored(self, out: Tensor, kind: int, only: int | None = None) -> Tensor:
         """Outputs with normalized logits, the weights of the bins mixed with a little of the marginal ones.
 
-        A row that contradicts what the networks have learned then costs -log(FLOOR) nats more than its marginal density, not any number.
+        A row that contradicts what the networks have learned then costs -log(FLOOR) nats more than
+        its marginal density, not any number.
         """
         mass = self.get_buffer(f"log_mass{kind}")
         mass = mass[only] if only is not None else mass.repeat(self.members, 1)[:, None]
@@ -247,7 +279,8 @@ class TableModel(nn.Module):
             e = c.encode(x)
             if i >= self.num_given:
                 log_p = q.log_prob(i, state, e.cell, e.upper, e.width, e.offset)
-                out.append(log_p + e.inside if c.is_label else log_p)  # the mixture knows bins of labels only
+                # the mixture knows bins of labels only
+                out.append(log_p + e.inside if c.is_label else log_p)
             state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(x, e))
         return torch.stack(out)
 
@@ -259,7 +292,9 @@ class TableModel(nn.Module):
         out = (log_p.logsumexp(0) - math.log(self.members)).cpu().double()
         if self.mixture is not None:
             alpha = self.alpha.cpu().double()[:, None]
-            out = torch.logaddexp(torch.log1p(-alpha) + out, alpha.log() + self.mixture_log_prob(rows))
+            out = torch.logaddexp(
+                torch.log1p(-alpha) + out, alpha.log() + self.mixture_log_prob(rows)
+            )
         for t, c in enumerate(self.targets):
             if c.is_label:
                 out[t] = torch.where(rows.cell[t] < 0, c.log_unseen, out[t])
@@ -269,13 +304,19 @@ class TableModel(nn.Module):
 
     @torch.no_grad()
     def log_prob(
-        self, values: Tensor, *, pattern: bool = False, draws: int = 64, generator: torch.Generator | None = None
+        self,
+        values: Tensor,
+        *,
+        pattern: bool = False,
+        draws: int = 64,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Log-density of rows, shape (N,); missing cells are integrated out.
 
         Args:
             values: Shape (N, D), NaN where missing.
-            pattern: Whether to add the probability of which cells are missing, by the model that sees missing cells as such (exact).
+            pattern: Whether to add the probability of which cells are missing, by the model that
+                sees missing cells as such (exact).
             draws: Particles per row that has observed cells after a missing one.
             generator: Source of randomness.
         """
@@ -293,9 +334,9 @@ class TableModel(nn.Module):
             for few in todo.split(max(1, 16384 // draws)):
                 if len(few):
                     start = int(first[few].min())
-                    out[part[few]] = self.particles(values[part[few]], draws, generator=generator, start=start)[2] + torch.where(
-                        place[:start] < first[few], log_p[:start, few], 0.0
-                    ).sum(0)
+                    out[part[few]] = self.particles(
+                        values[part[few]], draws, generator=generator, start=start
+                    )[2] + torch.where(place[:start] < first[few], log_p[:start, few], 0.0).sum(0)
         return out
 
     @staticmethod
@@ -328,7 +369,12 @@ class TableModel(nn.Module):
         return out.cpu(), q_state
 
     def _draw(
-        self, t: int, out: Tensor, q_state: Any, generator: torch.Generator | None, lattice: bool = True
+        self,
+        t: int,
+        out: Tensor,
+        q_state: Any,
+        generator: torch.Generator | None,
+        lattice: bool = True,
     ) -> Tensor:
         """Values of target t, shape (N,), from its conditionals."""
         c, (kind, _) = self.targets[t], self.place[t]
@@ -344,7 +390,10 @@ class TableModel(nn.Module):
         x = c.draw(pick.clamp_max(c.num_bins - 1), generator, lattice=lattice)
         if not kind:
             part = (pick - b).clamp_min(0)[:, None]
-            loc, raw = o[:, b + k : b + 2 * k].gather(1, part)[:, 0], o[:, b + 2 * k :].gather(1, part)[:, 0]
+            loc, raw = (
+                o[:, b + k : b + 2 * k].gather(1, part)[:, 0],
+                o[:, b + 2 * k :].gather(1, part)[:, 0],
+            )
             u = torch.rand(n, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
             s = loc.double() + log_scale(raw).exp().double() * u.logit()
             x = torch.where(pick >= b, c.from_score(s, lattice=lattice), x)
@@ -358,7 +407,9 @@ class TableModel(nn.Module):
                 log_w, mean, sd = q.predict(j, q_state)
                 pick = torch.multinomial(log_w.exp(), 1, generator=generator)
                 noise = torch.randn(n, generator=generator, dtype=torch.float64)
-                simple = c.from_score(mean.gather(1, pick)[:, 0] + sd[0][pick[:, 0]] * noise, lattice=lattice)
+                simple = c.from_score(
+                    mean.gather(1, pick)[:, 0] + sd[0][pick[:, 0]] * noise, lattice=lattice
+                )
             x = torch.where(torch.rand(n, generator=generator) < alpha, simple, x)
         return x
 
@@ -375,7 +426,9 @@ class TableModel(nn.Module):
             log_p = mixture_log_prob(out[..., 1:], cell, *parts, self.bins[0])
         log_p = log_p.double().logsumexp(0) - math.log(m)
         if q_state is not None:
-            simple = self.mixture.log_prob(self.num_given + t, q_state, e.cell, e.upper, e.width, e.offset)
+            simple = self.mixture.log_prob(
+                self.num_given + t, q_state, e.cell, e.upper, e.width, e.offset
+            )
             simple = simple + e.inside if kind else simple
             alpha = self.alpha[t].double().cpu()
             log_p = torch.logaddexp(torch.log1p(-alpha) + log_p, alpha.log() + simple)
@@ -396,8 +449,9 @@ class TableModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sequential Monte Carlo over the missing cells, column by column.
 
-        A missing cell is drawn from its conditional, an observed one weighs the particles; they are resampled where their effective number
-        falls below half. The first missing label of a row is enumerated rather than drawn when its labels are fewer than the particles.
+        A missing cell is drawn from its conditional, an observed one weighs the particles; they
+        are resampled where their effective number falls below half. The first missing label of a
+        row is enumerated rather than drawn when its labels are fewer than the particles.
 
         Args:
             values: Shape (N, D), NaN where a cell is to be filled in.
@@ -405,11 +459,12 @@ class TableModel(nn.Module):
             generator: Source of randomness.
             start: Target place before which nothing is missing, and nothing is to be counted.
             leave_missing: Draw also whether a missing cell stays missing, as in the data.
-            lattice: Draw lattice columns and point masses as such; else from the smooth density around them.
+            lattice: Draw lattice columns and point masses as such; else from the smooth density
+                around them.
 
         Returns:
-            Rows filled in, shape (N, S, D); their log-weights, shape (N, S); the log-density of the observed cells from
-            ``start`` on, shape (N,).
+            Rows filled in, shape (N, S, D); their log-weights, shape (N, S); the log-density of
+            the observed cells from ``start`` on, shape (N,).
         """
         n, d = values.shape
         raw = values[:, self.order].repeat_interleave(draws, 0)
@@ -437,7 +492,9 @@ class TableModel(nn.Module):
                             log_w.view(-1)[at] += extra
                     if leave_missing and bool(c.missing_seen):
                         odds = out[:, at, 0].sigmoid().mean(0)
-                        x = torch.where(torch.rand(len(at), generator=generator) < odds, torch.nan, x)
+                        x = torch.where(
+                            torch.rand(len(at), generator=generator) < odds, torch.nan, x
+                        )
                     raw[at, i] = x
                     features[at, self.slices[i]] = c.features(x)
                     fresh[row] = False
@@ -448,12 +505,19 @@ class TableModel(nn.Module):
                         seen = ~gap.view(n, draws)[:, 0]
                         total = log_w.logsumexp(1)
                         share = (log_w - total[:, None]).nan_to_num(-math.log(draws)).exp()
-                        poor = seen & (1 / share.square().sum(1) < draws / 2) & ~fresh & total.isfinite()
+                        poor = (
+                            seen
+                            & (1 / share.square().sum(1) < draws / 2)
+                            & ~fresh
+                            & total.isfinite()
+                        )
                         if poor.any():
                             at = poor.nonzero()[:, 0]
                             offset = torch.rand(len(at), 1, generator=generator, dtype=share.dtype)
                             grid = (torch.arange(draws) + offset) / draws
-                            pick = torch.searchsorted(share[at].cumsum(1), grid).clamp_max(draws - 1)
+                            pick = torch.searchsorted(share[at].cumsum(1), grid).clamp_max(
+                                draws - 1
+                            )
                             to, come = _flat(at, draws), (at[:, None] * draws + pick).reshape(-1)
                             raw[to], features[to] = raw[come], features[come]
                             if state is not None:
@@ -497,7 +561,9 @@ class TableModel(nn.Module):
         total = below.gather(-1, index)[..., 0] + bins.gather(-1, index)[..., 0] * share
         s = c.scores(x)[0]
         scale = log_scale(o[..., b + k + k :]).exp()
-        total = total + (w[..., b:] * ((s[:, None] - o[..., b + k : b + 2 * k]) / scale).sigmoid()).sum(-1)
+        total = total + (
+            w[..., b:] * ((s[:, None] - o[..., b + k : b + 2 * k]) / scale).sigmoid()
+        ).sum(-1)
         for a, atom in enumerate(c.atoms):
             total = total + w[..., c.hist.num_bins + a] * (x >= atom)
         total = total.mean(0)
@@ -521,7 +587,10 @@ class TableModel(nn.Module):
 
 
 def _regular(x: Tensor, e: Encoded) -> Tensor:
-    """Cells that tell the simple model something: neither missing nor point masses of a number column."""
+    """Cells that tell the simple model something.
+
+    Neither missing nor point masses of a number column.
+    """
     return ~x.isnan() & (e.offset > NEVER / 10)
 
 

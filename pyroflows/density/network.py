@@ -1,4 +1,7 @@
-"""Conditional densities of table columns: one small residual network per column, all evaluated as one batch of products."""
+"""Conditional densities of table columns.
+
+One small residual network per column, all evaluated as one batch of products.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,33 @@ __all__ = ["ColumnNets", "log_scale", "mixture_log_prob"]
 
 
 def log_scale(raw: Tensor) -> Tensor:
-    """Log-scale of a logistic: softly bounded below by -8 (3e-4 of a normal score), linear above."""
+    """Log-scale of a logistic.
+
+    Softly bounded below by -8 (3e-4 of a normal score), linear above.
+    """
     return F.softplus(raw + 8.0) - 8.0
 
 
 def mixture_log_prob(
-    out: Tensor, cell: Tensor, inside: Tensor, upper: Tensor, width: Tensor, offset: Tensor, bins: int
+    out: Tensor,
+    cell: Tensor,
+    inside: Tensor,
+    upper: Tensor,
+    width: Tensor,
+    offset: Tensor,
+    bins: int,
 ) -> Tensor:
     r"""Log-density of cells under a mixture of histogram bins and logistics of the normal scores.
 
     .. math:: p = w_{b(x)}\, f(x \mid b) + \sum_k w_k
         \Big[\sigma\big(\tfrac{s^+ - \mu_k}{\sigma_k}\big) - \sigma\big(\tfrac{s^- - \mu_k}{\sigma_k}\big)\Big] e^{offset}
 
-    The difference is :math:`\sigma(a)\,\sigma(\delta - a)\,(1 - e^{-\delta})` with :math:`\delta` the width, exact in logarithms
-    however narrow the cell.
+    The difference is :math:`\sigma(a)\,\sigma(\delta - a)\,(1 - e^{-\delta})` with :math:`\delta`
+    the width, exact in logarithms however narrow the cell.
 
     Args:
-        out: Network outputs, shape (G, N, bins + 3 K): logits of bins and logistics, locations, log-scales.
+        out: Network outputs, shape (G, N, bins + 3 K): logits of bins and logistics, locations,
+            log-scales.
         cell: Bin of each cell, shape (G, N).
         inside: log f(x | b), shape (G, N).
         upper: Upper end of the cell in normal scores, shape (G, N).
@@ -53,7 +66,8 @@ class ColumnNets(nn.Module):
 
     .. math:: h_0 = \phi(W_0 x + b_0), \quad h_{l} = h_{l-1} + \phi(W_l h_{l-1} + b_l), \quad out = W h_L + V x + b
 
-    The networks fall into groups with different numbers of outputs. All outputs are independent of the features at initialization.
+    The networks fall into groups with different numbers of outputs. All outputs are independent of
+    the features at initialization.
 
     Args:
         mask: Features each network may see, shape (G, F).
@@ -83,11 +97,16 @@ class ColumnNets(nn.Module):
         self.w0 = nn.Parameter(torch.randn(g, f, hidden_dim, **f32) * (1.5 / seen.sqrt()))
         self.b0 = nn.Parameter(torch.randn(g, 1, hidden_dim, **f32) * 0.5)
         self.w = nn.ParameterList(
-            nn.Parameter(torch.randn(g, hidden_dim, hidden_dim, **f32) / math.sqrt(hidden_dim)) for _ in range(depth - 1)
+            nn.Parameter(torch.randn(g, hidden_dim, hidden_dim, **f32) / math.sqrt(hidden_dim))
+            for _ in range(depth - 1)
         )
-        self.b = nn.ParameterList(nn.Parameter(torch.zeros(g, 1, hidden_dim, **f32)) for _ in range(depth - 1))
+        self.b = nn.ParameterList(
+            nn.Parameter(torch.zeros(g, 1, hidden_dim, **f32)) for _ in range(depth - 1)
+        )
         sizes = [(len(i), p) for i, p in zip(groups, num_outputs, strict=True)]
-        self.head = nn.ParameterList(nn.Parameter(torch.zeros(m, hidden_dim, p, **f32)) for m, p in sizes)
+        self.head = nn.ParameterList(
+            nn.Parameter(torch.zeros(m, hidden_dim, p, **f32)) for m, p in sizes
+        )
         self.skip = nn.ParameterList(nn.Parameter(torch.zeros(m, f, p, **f32)) for m, p in sizes)
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(m, 1, p, **f32)) for m, p in sizes)
         self.dropout = dropout

@@ -31,12 +31,20 @@ class TableFile:
         try:
             import pyarrow.dataset as ds
         except ImportError as error:
-            raise ImportError("reading files needs pyarrow: pip install 'pyroflows[parquet]'") from error
+            raise ImportError(
+                "reading files needs pyarrow: pip install 'pyroflows[parquet]'"
+            ) from error
         self.path = Path(path)
-        names = [self.path] if self.path.is_file() else sorted(p for p in self.path.iterdir() if p.is_file())
+        names = (
+            [self.path]
+            if self.path.is_file()
+            else sorted(p for p in self.path.iterdir() if p.is_file())
+        )
         kinds = {p.suffix.lower() for p in names}
         if not kinds <= {".csv", ".parquet"} or len(kinds) != 1:
-            raise ValueError(f"{path}: expected .csv or .parquet, got {sorted(kinds) or 'nothing'}")
+            raise ValueError(
+                f"{path}: expected .csv or .parquet, got {sorted(kinds) or 'nothing'}"
+            )
         self.kind = kinds.pop()[1:]
         self.columns = list(columns) if columns is not None else None
         self._data = ds.dataset([str(p) for p in names], format=self.kind)
@@ -50,7 +58,9 @@ class TableFile:
 
     def batches(self, rows: int = 65536) -> Iterator[pd.DataFrame]:
         """All rows in file order."""
-        for batch in self._data.to_batches(columns=self.columns, batch_size=rows, batch_readahead=1, fragment_readahead=1):
+        for batch in self._data.to_batches(
+            columns=self.columns, batch_size=rows, batch_readahead=1, fragment_readahead=1
+        ):
             if batch.num_rows:
                 yield batch.to_pandas()
 
@@ -63,8 +73,13 @@ class TableFile:
         """All rows at once."""
         return self._data.to_table(columns=self.columns).to_pandas()
 
-    def shuffled(self, rows: int, rng: np.random.Generator, *, rank: int = 0, world: int = 1) -> Iterator[pd.DataFrame]:
-        """About all rows in shuffled chunks of ``rows``, from row groups in random order; a process gets its own share of them."""
+    def shuffled(
+        self, rows: int, rng: np.random.Generator, *, rank: int = 0, world: int = 1
+    ) -> Iterator[pd.DataFrame]:
+        """About all rows in shuffled chunks of ``rows``, from row groups in random order.
+
+        A process gets its own share of them.
+        """
         import pandas as pd
 
         pieces = self._pieces()
@@ -73,19 +88,28 @@ class TableFile:
         held: list[pd.DataFrame] = []
         size = 0
         for i in mine:
-            for k, batch in enumerate(pieces[i].to_batches(columns=self.columns, batch_size=65536, batch_readahead=1)):
+            for k, batch in enumerate(
+                pieces[i].to_batches(columns=self.columns, batch_size=65536, batch_readahead=1)
+            ):
                 if not batch.num_rows or (len(pieces) < world and k % world != rank):
                     continue
                 held.append(batch.to_pandas())
                 size += batch.num_rows
                 if size >= rows:
-                    yield pd.concat(held, ignore_index=True).sample(frac=1, random_state=int(rng.integers(2**31)))
+                    yield pd.concat(held, ignore_index=True).sample(
+                        frac=1, random_state=int(rng.integers(2**31))
+                    )
                     held, size = [], 0
         if held:
-            yield pd.concat(held, ignore_index=True).sample(frac=1, random_state=int(rng.integers(2**31)))
+            yield pd.concat(held, ignore_index=True).sample(
+                frac=1, random_state=int(rng.integers(2**31))
+            )
 
     def sample(self, rows: int, rng: np.random.Generator) -> pd.DataFrame:
-        """About ``rows`` random rows: a share of each of up to 64 random row groups (CSV: of the whole file)."""
+        """About ``rows`` random rows: a share of each of up to 64 random row groups (CSV.
+
+        Of the whole file).
+        """
         import pandas as pd
 
         total = self.count()
@@ -94,7 +118,9 @@ class TableFile:
         pieces = self._pieces()
         if self.kind == "csv":
             share = rows / total
-            parts = [b.sample(frac=share, random_state=int(rng.integers(2**31))) for b in self.batches()]
+            parts = [
+                b.sample(frac=share, random_state=int(rng.integers(2**31))) for b in self.batches()
+            ]
             return pd.concat(parts, ignore_index=True)
         few = rng.permutation(len(pieces))[:64]
         each = -(-rows // len(few))
@@ -106,12 +132,23 @@ class TableFile:
         return pd.concat(parts, ignore_index=True)
 
 
-def shards_of(file: TableFile, schema: Any, rng: np.random.Generator, rank: int, world: int, rows: int = 131072) -> Any:
+def shards_of(
+    file: TableFile,
+    schema: Any,
+    rng: np.random.Generator,
+    rank: int,
+    world: int,
+    rows: int = 131072,
+) -> Any:
     """A source of training rows for :func:`pyroflows.density.training.train`."""
 
     def shards() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for frame in file.shuffled(rows, rng, rank=rank, world=world):
             values = torch.from_numpy(schema.encode(frame))
-            yield values, torch.ones(len(values), dtype=torch.float64), torch.full((len(values),), -1)
+            yield (
+                values,
+                torch.ones(len(values), dtype=torch.float64),
+                torch.full((len(values),), -1),
+            )
 
     return shards

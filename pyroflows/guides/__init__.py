@@ -1,4 +1,7 @@
-"""Flow guides for variational inference: start at the right place, fit, and say how good the fit is."""
+"""Flow guides for variational inference.
+
+Start at the right place, fit, and say how good the fit is.
+"""
 
 from pyroflows.guides.amortized import AmortizedFlow
 from pyroflows.guides.autoflow import AutoFlow
