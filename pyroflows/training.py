@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -104,7 +105,7 @@ def fit(
 
     Args:
         flow: Anything with ``log_prob(x, context)`` that is a module, such as a recipe's result.
-        x: Data, shape ``(n, *event)``; arrays are taken too. Flows learn fastest on data of unit
+        x: Data, shape ``(n, *event)``; arrays and numeric DataFrames are taken too. Flows learn fastest on data of unit
             scale.
         context: One context for each row, shape ``(n, context_dim)``.
         num_epochs: Sweeps over the training part, at most.
@@ -275,18 +276,22 @@ def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:
     return torch.device(device)
 
 
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+
+
 def _as_rows(
     like: Tensor, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
 ) -> _Rows:
     """Data, context and weights as finite tensors of the flow's dtype and device."""
-    x = torch.as_tensor(x)
+    x = _tensor(x)
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"fit expects real numbers; got {x.dtype}")
     if x.dim() < 2:
         raise ValueError(f"fit expects x of shape (n, *event); got {tuple(x.shape)}")
 
     def checked(name: str, value: Tensor) -> Tensor:
-        value = torch.as_tensor(value).to(like.device, like.dtype)
+        value = _tensor(value).to(like.device, like.dtype)
         if len(value) != len(x):
             raise ValueError(f"fit: x has {len(x)} rows, but {name} has {len(value)}")
         finite = value.isfinite().reshape(len(value), math.prod(value.shape[1:])).all(-1)

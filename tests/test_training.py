@@ -5,6 +5,7 @@ It finds known densities, keeps the best state and refuses what it cannot use.
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 
@@ -100,6 +101,7 @@ def test_other_inputs():
     x, _ = correlated(64)
     flow = Flow(2, [T.elementwise_affine(2)])
     assert len(fit(flow, x.numpy(), num_epochs=2).train_loss) == 2
+    assert len(fit(flow, pd.DataFrame(x.numpy()), num_epochs=2).train_loss) == 2
     assert fit(flow, x, num_epochs=2, validation=0).valid_loss == []
     held = (x[:10],)
     assert len(fit(flow, x, num_epochs=2, validation=held).valid_loss) == 2
