@@ -43,11 +43,20 @@ class LabelCells(nn.Module):
     is_label = True
 
     def __init__(
-        self, group: Tensor, log_inside: Tensor, bin_mass: Tensor, log_unseen: Tensor, has_missing: Tensor
+        self,
+        group: Tensor,
+        log_inside: Tensor,
+        bin_mass: Tensor,
+        log_unseen: Tensor,
+        has_missing: Tensor,
     ) -> None:
         super().__init__()
         for name, value in dict(
-            group=group, log_inside=log_inside, bin_mass=bin_mass, log_unseen=log_unseen, missing_seen=has_missing
+            group=group,
+            log_inside=log_inside,
+            bin_mass=bin_mass,
+            log_unseen=log_unseen,
+            missing_seen=has_missing,
         ).items():
             self.register_buffer(name, value)
 
@@ -88,7 +97,9 @@ class LabelCells(nn.Module):
         known = code < len(self.group)
         code = torch.where(known, code, 0)
         zero = torch.zeros_like(x)
-        return Encoded(torch.where(known, self.group[code], -1), self.log_inside[code], zero, zero + 1, zero)
+        return Encoded(
+            torch.where(known, self.group[code], -1), self.log_inside[code], zero, zero + 1, zero
+        )
 
     def features(self, x: Tensor) -> Tensor:
         """Indicators of the bins, and of a missing cell, shape (N, num_features)."""
@@ -96,14 +107,20 @@ class LabelCells(nn.Module):
         hot = F.one_hot(cell + 1, self.num_bins + 1)[:, 1:].float()
         return torch.cat([hot, x.isnan().float()[:, None]], 1) if self.missing_seen else hot
 
-    def draw(self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True) -> Tensor:
+    def draw(
+        self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True
+    ) -> Tensor:
         """A code from each bin."""
-        one = torch.zeros(self.num_bins, dtype=torch.long).scatter_(0, self.group, torch.arange(len(self.group)))
+        one = torch.zeros(self.num_bins, dtype=torch.long).scatter_(
+            0, self.group, torch.arange(len(self.group))
+        )
         code = one[cell]
         rest = (cell == self.num_bins - 1).nonzero()[:, 0]
         crowd = (self.group == self.num_bins - 1).nonzero()[:, 0]
         if len(crowd) > 1 and len(rest):
-            pick = torch.multinomial(self.log_inside[crowd].exp(), len(rest), True, generator=generator)
+            pick = torch.multinomial(
+                self.log_inside[crowd].exp(), len(rest), True, generator=generator
+            )
             code[rest] = crowd[pick]
         return code.double()
 
@@ -121,6 +138,7 @@ class NumberCells(nn.Module):
         step: Recording step, 0 for none.
         anchor: A value on the lattice.
         bounds: Lower and upper end of the support.
+        waves: Frequencies of the rank that later columns see; they let the networks learn sharp dependence early.
         has_missing: Whether fitting saw missing cells.
     """
 
@@ -137,14 +155,22 @@ class NumberCells(nn.Module):
         step: Tensor,
         anchor: Tensor,
         bounds: Tensor,
+        waves: Tensor,
         has_missing: Tensor,
     ) -> None:
         super().__init__()
         self.hist, self.scores = hist, scores
         for name, value in dict(
-            atoms=atoms, loc=loc, scale=scale, bin_mass=mass, step=step, anchor=anchor, bounds=bounds
+            atoms=atoms,
+            loc=loc,
+            scale=scale,
+            bin_mass=mass,
+            step=step,
+            anchor=anchor,
+            bounds=bounds,
         ).items():
             self.register_buffer(name, value.double())
+        self.register_buffer("waves", waves)
         self.register_buffer("missing_seen", has_missing)
 
     @property
@@ -155,7 +181,7 @@ class NumberCells(nn.Module):
     @property
     def num_features(self) -> int:
         """Inputs that the column gives to later ones."""
-        return 2 + len(self.atoms) + int(self.missing_seen)
+        return 2 + 2 * len(self.waves) + len(self.atoms) + int(self.missing_seen)
 
     @classmethod
     def fit(cls, values: np.ndarray, column: Column, *, max_bins: int = 64) -> NumberCells:
@@ -174,7 +200,10 @@ class NumberCells(nn.Module):
         spread = float(np.std(regular)) or 1.0
         if column.step:
             spread = max(spread, column.step)
-        low, high = (-np.inf if column.lower is None else column.lower, np.inf if column.upper is None else column.upper)
+        low, high = (
+            -np.inf if column.lower is None else column.lower,
+            np.inf if column.upper is None else column.upper,
+        )
         half = (column.step or 0.0) / 2
         tensor = torch.tensor
         return cls(
@@ -191,20 +220,27 @@ class NumberCells(nn.Module):
             tensor(column.step or 0.0, dtype=torch.float64),
             tensor(anchor, dtype=torch.float64),
             tensor([low - half, high + half], dtype=torch.float64),
+            torch.arange(1, 1 + (0 if len(held) < 1000 else 3 if len(held) < 5000 else 6)),
             tensor(bool(len(held) < len(values))),
         )
 
     def _atom(self, x: Tensor) -> tuple[Tensor, Tensor]:
         same = x[:, None] == self.atoms
-        return same.any(1), same.long().argmax(1) if len(self.atoms) else torch.zeros_like(x, dtype=torch.long)
+        return same.any(1), same.long().argmax(1) if len(self.atoms) else torch.zeros_like(
+            x, dtype=torch.long
+        )
 
     def snap(self, x: Tensor) -> Tensor:
         """The nearest value of the lattice, written with the digits of its step."""
         if self.step == 0:
             return x
         out = self.anchor + ((x - self.anchor) / self.step).round() * self.step
-        size = max(abs(float(self.anchor)), float(out.abs().max()) if len(out) else 0.0, float(self.step))
-        digits = int(min(15 - math.ceil(math.log10(size)), 5 - math.floor(math.log10(float(self.step)))))
+        size = max(
+            abs(float(self.anchor)), float(out.abs().max()) if len(out) else 0.0, float(self.step)
+        )
+        digits = int(
+            min(15 - math.ceil(math.log10(size)), 5 - math.floor(math.log10(float(self.step))))
+        )
         return out.round(decimals=digits) if digits >= 0 else out
 
     def encode(self, x: Tensor, *, lattice: bool = True) -> Encoded:
@@ -237,19 +273,26 @@ class NumberCells(nn.Module):
         return Encoded(cell, inside, upper, width, offset)
 
     def features(self, x: Tensor) -> Tensor:
-        """Normal score, standardized value, atoms, missing; shape (N, num_features)."""
+        """Normal score, standardized value, waves of the rank, atoms, missing; shape (N, num_features)."""
         gone = x.isnan()
         x = x.nan_to_num(float(self.loc))
         parts = [self.scores(x)[0].clamp(-6, 6), ((x - self.loc) / self.scale).clamp(-6, 6)]
+        if len(self.waves):
+            angle = math.pi * self.hist.cdf(x)[None] * self.waves[:, None]
+            parts += [*(angle.sin() / self.waves[:, None]), *(angle.cos() / self.waves[:, None])]
         parts = [torch.where(gone, 0.0, p) for p in parts]
         if len(self.atoms):
             is_atom, which = self._atom(x)
-            parts += list(F.one_hot(torch.where(is_atom, which + 1, 0), len(self.atoms) + 1)[:, 1:].T)
+            parts += list(
+                F.one_hot(torch.where(is_atom, which + 1, 0), len(self.atoms) + 1)[:, 1:].T
+            )
         if self.missing_seen:
             parts.append(gone)
         return torch.stack([p.float() for p in parts], 1)
 
-    def draw(self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True) -> Tensor:
+    def draw(
+        self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True
+    ) -> Tensor:
         """A value from each bin; unless ``lattice``, anywhere between the recording steps."""
         u = torch.rand(len(cell), dtype=torch.float64, generator=generator)
         regular = cell < self.hist.num_bins
@@ -266,7 +309,9 @@ class NumberCells(nn.Module):
         """The place just before x that no probability separates from it, unless x carries some."""
         if self.step > 0:
             return x - self.step
-        return torch.where(self._atom(x)[0], torch.nextafter(x, x - 1), x) if len(self.atoms) else x
+        return (
+            torch.where(self._atom(x)[0], torch.nextafter(x, x - 1), x) if len(self.atoms) else x
+        )
 
     def keep(self, x: Tensor, *, lattice: bool = True) -> Tensor:
         """Inside the support, and on the lattice."""
@@ -276,7 +321,9 @@ class NumberCells(nn.Module):
         return self.snap(x.clamp(self.bounds[0] + half, self.bounds[1] - half))
 
 
-def cells_for(values: np.ndarray, column: Column, *, max_bins: int = 64) -> LabelCells | NumberCells:
+def cells_for(
+    values: np.ndarray, column: Column, *, max_bins: int = 64
+) -> LabelCells | NumberCells:
     """The cells of a column whose encoded values are given, shape (N,)."""
     if column.is_label:
         return LabelCells.fit(values, len(column.levels))

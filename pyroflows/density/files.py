@@ -62,9 +62,13 @@ def read_header(path: Any) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a saved DensityEstimator (format {header.get('format')!r}, expected {FORMAT!r})")
+        raise ValueError(
+            f"{path} is not a saved DensityEstimator (format {header.get('format')!r}, expected {FORMAT!r})"
+        )
     if header["version"] > VERSION:
-        raise ValueError(f"{path} has format version {header['version']}; this pyroflows reads up to {VERSION}: upgrade it")
+        raise ValueError(
+            f"{path} has format version {header['version']}; this pyroflows reads up to {VERSION}: upgrade it"
+        )
     return header
 
 
@@ -88,11 +92,18 @@ def load(kind: type, path: Any, *, device: str = "cpu") -> Any:
         labels = [state[f"label{i}"] for i in range(sum(flags))]
         mixture = MixedMixture(state["log_weight"], state["mean"], state["chol"], labels, flags)
     with torch.random.fork_rng(devices=[]):
-        model = TableModel(schema, cells, header["order"], header["num_given"], mixture=mixture, **header["config"])
+        model = TableModel(
+            schema,
+            cells,
+            header["order"],
+            header["num_given"],
+            mixture=mixture,
+            **header["config"],
+        )
     model.load_state_dict(part("model."))
     known = set(kind._names())
     out = kind(**{k: v for k, v in header["params"].items() if k in known})
-    out.model_ = model.to(device).eval()
+    out.model_ = model.to(device).eval().requires_grad_(False)
     out.schema_ = schema
     out.n_features_in_ = len(schema)
     if header["named"]:
@@ -106,14 +117,33 @@ def load(kind: type, path: Any, *, device: str = "cpu") -> Any:
 def _cell(state: dict[str, Tensor]) -> LabelCells | NumberCells:
     if "group" in state:
         return LabelCells(
-            state["group"], state["log_inside"], state["bin_mass"], state["log_unseen"], state["missing_seen"]
+            state["group"],
+            state["log_inside"],
+            state["bin_mass"],
+            state["log_unseen"],
+            state["missing_seen"],
         )
     hist = {k[5:]: v for k, v in state.items() if k.startswith("hist.")}
     scores = {k[7:]: v for k, v in state.items() if k.startswith("scores.")}
-    rest = [state[k] for k in ("atoms", "loc", "scale", "bin_mass", "step", "anchor", "bounds", "missing_seen")]
+    rest = [
+        state[k]
+        for k in (
+            "atoms",
+            "loc",
+            "scale",
+            "bin_mass",
+            "step",
+            "anchor",
+            "bounds",
+            "waves",
+            "missing_seen",
+        )
+    ]
     return NumberCells(
         Histogram(hist["edges"], hist["mass"], hist["group"], hist["scale"], hist["xi"]),
-        NormalScores(scores["knots"], scores["scores"], scores["slopes"], scores["scale"], scores["xi"]),
+        NormalScores(
+            scores["knots"], scores["scores"], scores["slopes"], scores["scale"], scores["xi"]
+        ),
         *rest,
     )
 

@@ -33,7 +33,9 @@ def value_cells(values: np.ndarray, count: np.ndarray, step: float | None) -> np
     space = np.minimum(before, after)
     space = np.where(np.isfinite(space), space, np.median(gap) if len(gap) else 1.0)
     half = np.concatenate([[np.inf], gap / 2, [np.inf]])
-    return np.stack([values - np.minimum(half[:-1], space), values + np.minimum(half[1:], space)], 1)
+    return np.stack(
+        [values - np.minimum(half[:-1], space), values + np.minimum(half[1:], space)], 1
+    )
 
 
 def density_tree(
@@ -164,11 +166,13 @@ class Histogram(nn.Module):
 
     def log_density(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The bin of each value and the log-density inside it (integrating to 1 over the bin)."""
-        piece = torch.bucketize(x, self.edges, right=True)
+        piece = torch.bucketize(x.detach().contiguous(), self.edges, right=True)
         width = (self.edges[1:] - self.edges[:-1]).clamp_min(1e-300)
         padded = torch.cat([width[:1], width, width[-1:]])
         group = self.group[piece]
-        inside = (self.mass / self.bin_mass[self.group]).clamp_min(1e-300).log()[piece] - padded[piece].log()
+        inside = (self.mass / self.bin_mass[self.group]).clamp_min(1e-300).log()[piece] - padded[
+            piece
+        ].log()
         lower = self._tail((self.edges[0] - x).clamp_min(0), 0)[1]
         upper = self._tail((x - self.edges[-1]).clamp_min(0), 1)[1]
         last = len(self.edges)
@@ -180,14 +184,16 @@ class Histogram(nn.Module):
         group, out = self.log_density(x)
         for side, sign in ((0, -1.0), (1, 1.0)):
             excess = sign * (x - self.edges[-side])
-            near, far = (self._tail((excess + h * step).clamp_min(0), side)[0] for h in (-0.5, 0.5))
+            near, far = (
+                self._tail((excess + h * step).clamp_min(0), side)[0] for h in (-0.5, 0.5)
+            )
             tail = (near.exp() - far.exp()).clamp_min(1e-300).log() - math.log(step)
             out = torch.where((excess > 0) & out.isfinite(), tail, out)
         return group, out
 
     def cdf_in_bin(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The bin of each value and the share of the bin below it."""
-        piece = torch.bucketize(x, self.edges, right=True)
+        piece = torch.bucketize(x.detach().contiguous(), self.edges, right=True)
         last = len(self.edges)
         i = piece.clamp(1, last - 1)
         part = (x - self.edges[i - 1]) / (self.edges[i] - self.edges[i - 1]).clamp_min(1e-300)
@@ -195,7 +201,14 @@ class Histogram(nn.Module):
         share = (self._before[piece] + part.clamp(0, 1) * self.mass[piece]) / self.bin_mass[group]
         lower = self._tail((self.edges[0] - x).clamp_min(0), 0)[0].exp()
         upper = -torch.expm1(self._tail((x - self.edges[-1]).clamp_min(0), 1)[0])
-        return group, torch.where(piece == 0, lower, torch.where(piece == last, upper, share)).clamp(0, 1)
+        return group, torch.where(
+            piece == 0, lower, torch.where(piece == last, upper, share)
+        ).clamp(0, 1)
+
+    def cdf(self, x: Tensor) -> Tensor:
+        """Distribution function, shape (N,)."""
+        group, share = self.cdf_in_bin(x)
+        return self.bin_mass.cumsum(0)[group] - (1 - share) * self.bin_mass[group]
 
     def icdf_in_bin(self, group: Tensor, share: Tensor) -> Tensor:
         """The value below which lies ``share`` of bin ``group``; inverse of :meth:`cdf_in_bin`."""
@@ -250,12 +263,19 @@ class Histogram(nn.Module):
             coarse = inner
         else:
             inner = density_tree(
-                cells, count.astype(float), max_leaves=max_pieces, penalty=1.5 * math.log(n + 1) + 2
+                cells,
+                count.astype(float),
+                max_leaves=max_pieces,
+                penalty=1.5 * math.log(n + 1) + 2,
             )
             coarse = inner[: max_bins // 2]
             # Equal shares between the cuts, but never inside a stretch that is one level or holds too few values.
             shares = int(min(max_bins // 2, n // 150))
-            fine = np.quantile(values, np.linspace(0, 1, shares + 1)[1:-1]) if shares > 1 else np.empty(0)
+            fine = (
+                np.quantile(values, np.linspace(0, 1, shares + 1)[1:-1])
+                if shares > 1
+                else np.empty(0)
+            )
             if step:
                 fine = level[np.searchsorted(level, fine).clip(0, len(level) - 1)] + step / 2
             marks = np.unique(np.concatenate([[lo], coarse, [hi]]))
@@ -273,10 +293,15 @@ class Histogram(nn.Module):
         width = np.diff(edges)
         mass += 0.5 * width / width.sum() + 1e-3  # a little everywhere, for rows to come
         # Half an observation, or 1e-4, beyond either end, unless the support ends there too.
-        outside = [0.0 if x is not None and abs(x - e) < 1e-9 * (hi - lo) else max(0.5, 1e-4 * n) for x, e in ((lower, lo), (upper, hi))]
+        outside = [
+            0.0 if x is not None and abs(x - e) < 1e-9 * (hi - lo) else max(0.5, 1e-4 * n)
+            for x, e in ((lower, lo), (upper, hi))
+        ]
         starts = np.isin(edges[:-1], coarse)
         group = np.concatenate([[0], 1 + np.cumsum(starts), [2 + starts.sum()]])
-        scale, shape = tails(values, lo, hi, lower, upper, floor=max(step or 0.0, 1e-6 * (hi - lo)))
+        scale, shape = tails(
+            values, lo, hi, lower, upper, floor=max(step or 0.0, 1e-6 * (hi - lo))
+        )
         return cls(
             torch.as_tensor(edges),
             torch.as_tensor(np.concatenate([outside[:1], mass, outside[1:]])),
@@ -291,7 +316,13 @@ def _shifted(x: float | None, by: float) -> float | None:
 
 
 def tails(
-    values: np.ndarray, lo: float, hi: float, lower: float | None, upper: float | None, *, floor: float
+    values: np.ndarray,
+    lo: float,
+    hi: float,
+    lower: float | None,
+    upper: float | None,
+    *,
+    floor: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale and shape of the tails beyond lo and hi; a tail that ends at a bound is uniform up to it (shape -1)."""
     out = []
@@ -359,7 +390,9 @@ class NormalScores(nn.Module):
         den = delta + (d0 + d1 - 2 * delta) * t * (1 - t)
         s = self.scores[k] + h * (delta * t * t + d0 * t * (1 - t)) / den
         log_slope = (
-            2 * delta.log() + (d1 * t * t + 2 * delta * t * (1 - t) + d0 * (1 - t) ** 2).log() - 2 * den.log()
+            2 * delta.log()
+            + (d1 * t * t + 2 * delta * t * (1 - t) + d0 * (1 - t) ** 2).log()
+            - 2 * den.log()
         )
         for side, sign in ((0, -1.0), (1, 1.0)):
             beta, xi = self.scale[side], self.xi[side]
@@ -384,7 +417,9 @@ class NormalScores(nn.Module):
         x = self.knots[k] + w * root.clamp(0, 1)
         for side, sign in ((0, -1.0), (1, 1.0)):
             beta, xi = self.scale[side], self.xi[side]
-            grown = (sign * (s - self.scores[-side])).clamp_min(0) * xi / (self.slopes[-side] * beta)
+            grown = (
+                (sign * (s - self.scores[-side])).clamp_min(0) * xi / (self.slopes[-side] * beta)
+            )
             x = x + sign * beta / xi * torch.expm1(grown.clamp_max(60))
         return x
 
@@ -435,4 +470,6 @@ class NormalScores(nn.Module):
                     best = 1 / (scale[side] * max(edge, 1.0))
                     slopes[side] = float(np.clip(best, slopes[side] / 10, slopes[side] * 3))
         as_tensor = torch.as_tensor
-        return cls(as_tensor(x), as_tensor(score), as_tensor(slopes), as_tensor(scale), as_tensor(shape))
+        return cls(
+            as_tensor(x), as_tensor(score), as_tensor(slopes), as_tensor(scale), as_tensor(shape)
+        )

@@ -138,6 +138,7 @@ class TableModel(nn.Module):
             mask.repeat(members, 1),
             groups,
             outputs,
+            [3 * components, 1 + self.bins[1]],
             hidden_dim=hidden_dim,
             depth=depth,
             dropout=dropout,

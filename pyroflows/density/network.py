@@ -73,6 +73,7 @@ class ColumnNets(nn.Module):
         mask: Features each network may see, shape (G, F).
         groups: Networks of each group; together every network once.
         num_outputs: Outputs of the networks of each group.
+        num_linear: How many of them, the last ones, depend on the features linearly too (V).
         hidden_dim: Width.
         depth: Hidden layers.
         dropout: Probability of dropping a hidden unit while training.
@@ -83,6 +84,7 @@ class ColumnNets(nn.Module):
         mask: Tensor,
         groups: list[list[int]],
         num_outputs: list[int],
+        num_linear: list[int],
         *,
         hidden_dim: int,
         depth: int = 3,
@@ -107,7 +109,10 @@ class ColumnNets(nn.Module):
         self.head = nn.ParameterList(
             nn.Parameter(torch.zeros(m, hidden_dim, p, **f32)) for m, p in sizes
         )
-        self.skip = nn.ParameterList(nn.Parameter(torch.zeros(m, f, p, **f32)) for m, p in sizes)
+        self.skip = nn.ParameterList(
+            nn.Parameter(torch.zeros(len(i), f, p, **f32))
+            for i, p in zip(groups, num_linear, strict=True)
+        )
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(m, 1, p, **f32)) for m, p in sizes)
         self.dropout = dropout
 
@@ -118,13 +123,13 @@ class ColumnNets(nn.Module):
         a = x @ w0.permute(1, 0, 2).reshape(f, g * h)
         hidden = F.silu(a.view(len(x), g, h).transpose(0, 1) + self.b0[nets])
         for w, b in zip(self.w, self.b, strict=True):
-            z = F.dropout(hidden, self.dropout, self.training)
+            z = self._drop(hidden)
             hidden = hidden + F.silu(torch.baddbmm(b[nets], z, w[nets]))
         return hidden
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features (N, F) to the outputs of each group, shape (members, N, num_outputs)."""
-        hidden = F.dropout(self.trunk(x), self.dropout, self.training)
+        hidden = self._drop(self.trunk(x))
         return [self._head(i, slice(None), hidden[nets], x) for i, nets in enumerate(self.groups)]
 
     def _head(self, i: int, rows: list[int] | slice, hidden: Tensor, x: Tensor) -> Tensor:
@@ -132,7 +137,16 @@ class ColumnNets(nn.Module):
         skip = self.skip[i][rows] * self.mask[net]
         m, f, p = skip.shape
         linear = (x @ skip.permute(1, 0, 2).reshape(f, m * p)).view(len(x), m, p).transpose(0, 1)
-        return torch.baddbmm(self.bias[i][rows], hidden, self.head[i][rows]) + linear
+        out = torch.baddbmm(self.bias[i][rows], hidden, self.head[i][rows])
+        out[..., out.shape[-1] - p :] += linear
+        return out
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        """Dropout; the networks share the mask, which costs them nothing: they are independent."""
+        if not self.training or self.dropout == 0:
+            return hidden
+        keep = torch.rand_like(hidden[:1]) >= self.dropout
+        return hidden * (keep / (1 - self.dropout))
 
     def some(self, x: Tensor, group: int, rows: list[int]) -> Tensor:
         """Outputs of a few networks of one group only, shape (len(rows), N, num_outputs)."""

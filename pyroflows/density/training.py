@@ -30,7 +30,12 @@ def default_settings(n: int, columns: int) -> dict[str, Any]:
 
 
 def plan(
-    model: TableModel, n: int, *, batch_size: int | None = None, seconds: float | None = None, steps: int | None = None
+    model: TableModel,
+    n: int,
+    *,
+    batch_size: int | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
 ) -> dict[str, int]:
     """Batch size and optimizer steps for n rows: at most 60 passes, and what fits the budget on one core of 2020.
 
@@ -39,8 +44,15 @@ def plan(
     batch = batch_size or (64 if n < 1000 else 256 if n < 15000 else 1024)
     batch = min(batch, n)
     width = model.config["hidden_dim"]
-    outputs = sum(s * (p + 3 * model.config["components"]) for s, p in zip(model.sizes, model.bins, strict=True))
-    cost = 1e-6 * model.members * (outputs * 0.03 + len(model.targets) * (0.8 + 1.2e-4 * width * width))
+    outputs = sum(
+        s * (p + 3 * model.config["components"])
+        for s, p in zip(model.sizes, model.bins, strict=True)
+    )
+    cost = (
+        1e-6
+        * model.members
+        * (outputs * 0.03 + len(model.targets) * (0.8 + 1.2e-4 * width * width))
+    )
     passes = 60 if n >= 15000 else 100
     wanted = max(150, min(passes * n // batch, 3000)) if n >= 100 else 100
     affordable = max(20, int(0.9 * (seconds or 1e9) / (cost * batch + 5e-3)))
@@ -74,7 +86,10 @@ def column_scores(model: TableModel, rows: Rows) -> Tensor:
     """:func:`_column_terms` in evaluation mode, in chunks, on the CPU."""
     was = model.training
     model.eval()
-    parts = [_column_terms(model, rows[i].to(model.device)).cpu() for i in torch.arange(len(rows)).split(4096)]
+    parts = [
+        _column_terms(model, rows[i].to(model.device)).cpu()
+        for i in torch.arange(len(rows)).split(4096)
+    ]
     model.train(was)
     return torch.cat(parts, -1)
 
@@ -143,11 +158,14 @@ def train(
         History: dicts of step, epoch, train and valid mean nats per row, lr, seconds.
     """
     device = model.device
+    nets = model.nets.requires_grad_(True)
     loss_of = wrap(_Loss(model))
-    nets = model.nets
     matrices = [p for p in nets.parameters() if p.shape[1] > 1]
     others = [p for p in nets.parameters() if p.shape[1] == 1]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    groups = [
+        dict(params=matrices, weight_decay=weight_decay),
+        dict(params=others, weight_decay=0.0),
+    ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
     average = copy.deepcopy(nets).requires_grad_(False)
     mean, live = list(average.parameters()), list(nets.parameters())
@@ -170,7 +188,9 @@ def train(
                     done = True
                     break
                 for g in optimizer.param_groups:
-                    g["lr"] = lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
+                    g["lr"] = (
+                        lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
+                    )
                 batch = encoded[i].to(device)
                 own = part[i][None] != torch.arange(model.members)[:, None]
                 loss = loss_of(batch, (own * weight[i]).float().to(device))
@@ -180,7 +200,9 @@ def train(
                 if not bool(norm.isfinite()):
                     skipped += 1
                     if skipped > 100:
-                        raise RuntimeError("DensityEstimator: 100 training steps had non-finite gradients; look for cells of absurd size")
+                        raise RuntimeError(
+                            "DensityEstimator: 100 training steps had non-finite gradients; look for cells of absurd size"
+                        )
                     step += 1
                     continue
                 norms = [*norms[-49:], float(norm)]
@@ -188,7 +210,9 @@ def train(
                 optimizer.step()
                 step += 1
                 recent.append(-float(loss.detach()) / model.members)
-                torch._foreach_lerp_(mean, [p.detach() for p in live], 1 - min(0.995, step / (step + 10)))
+                torch._foreach_lerp_(
+                    mean, [p.detach() for p in live], 1 - min(0.995, step / (step + 10))
+                )
                 if share >= next_check:
                     while share >= next_check:
                         next_check += 1.0 / checks
@@ -212,6 +236,7 @@ def train(
                 break
     keeper.check(average)
     keeper.restore()
+    nets.requires_grad_(False)
     return history
 
 
@@ -229,7 +254,9 @@ class _Keeper:
 
     def __init__(self, model: TableModel, valid: Rows, fold: Tensor) -> None:
         self.model, self.valid = model, valid
-        self.own = (fold[None] == torch.arange(model.members)[:, None]).float()[:, None]  # (M, 1, N)
+        self.own = (fold[None] == torch.arange(model.members)[:, None]).float()[
+            :, None
+        ]  # (M, 1, N)
         t = len(model.targets)
         self.best = torch.full((model.members, t), -math.inf)
         self.kept = [p.detach().clone() for p in model.nets.parameters()]
@@ -316,4 +343,6 @@ def _pattern(model: TableModel, rows: Rows) -> Tensor:
     model.eval()
     odds = model.net_log_prob(rows.to(model.device))[1].cpu()
     sign = torch.where(rows.missing, 1.0, -1.0)
-    return torch.where(model.has_missing.cpu()[:, None], torch.nn.functional.logsigmoid(sign * odds), 0.0)
+    return torch.where(
+        model.has_missing.cpu()[:, None], torch.nn.functional.logsigmoid(sign * odds), 0.0
+    )
