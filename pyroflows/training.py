@@ -105,8 +105,8 @@ def fit(
 
     Args:
         flow: Anything with ``log_prob(x, context)`` that is a module, such as a recipe's result.
-        x: Data, shape ``(n, *event)``; arrays and numeric DataFrames are taken too. Flows learn fastest on data of unit
-            scale.
+        x: Data, shape ``(n, *event)``, best of unit scale; arrays and numeric DataFrames are
+            taken too.
         context: One context for each row, shape ``(n, context_dim)``.
         num_epochs: Sweeps over the training part, at most.
         batch_size: Rows a step; None for about n / 20, between 32 and 512.
@@ -277,7 +277,7 @@ def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:
 
 
 def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    return values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 
 def _as_rows(
