@@ -27,13 +27,15 @@ class Diagnosis:
     """The verdict on a guide; ``print`` it.
 
     Attributes:
-        weights: ELBO with its error, evidence, effective sample size, spread and tail of the log-weights.
-        divergence: Estimate of KL(guide || posterior) in nats: the larger of log-evidence minus ELBO and half the squared
-            spread of the log-weights.
-        shifts: For each site, how far its means move under importance weights, in posterior standard deviations; the
-            largest over its entries.
-        wider_evidence: Largest log-evidence found by proposals that do not come from the guide: a larger one than the
-            guide's own means posterior mass that the guide misses. NaN if not searched.
+        weights: ELBO with its error, evidence, effective sample size, spread and tail of the
+            log-weights.
+        divergence: Estimate of KL(guide || posterior) in nats: the larger of log-evidence minus
+            ELBO and half the squared spread of the log-weights.
+        shifts: For each site, how far its means move under importance weights, in posterior
+            standard deviations; the largest over its entries.
+        wider_evidence: Largest log-evidence found by proposals that do not come from the guide: a
+            larger one than the guide's own means posterior mass that the guide misses. NaN if not
+            searched.
         ok: Whether nothing speaks against the guide.
         problems: What does, in plain words.
         advice: What to try next.
@@ -63,7 +65,8 @@ class Diagnosis:
             f"KL to the posterior about {self.divergence:.3f} nats",
             f"  effective sample size {w.effective_sample_size:.1%}   log-weight sd {w.log_weight_sd:.3f}   "
             f"Pareto k {w.pareto_k:.2f}   ({w.num_draws} draws, {w.num_dropped} not finite)",
-            "  largest shifts of means under weights (sd): " + ", ".join(f"{k} {v:.2f}" for k, v in shifts),
+            "  largest shifts of means under weights (sd): "
+            + ", ".join(f"{k} {v:.2f}" for k, v in shifts),
         ]
         if math.isfinite(self.wider_evidence):
             lines.append(f"  log-evidence from wider proposals {self.wider_evidence:.3f}")
@@ -81,7 +84,9 @@ def _log_mean(log_weights: Tensor) -> tuple[float, float]:
     return top.item() + math.log(mean), top.item() + math.log(low) if low > 0 else -math.inf
 
 
-def _evidence_of(gaussian: Gaussian, density: LatentDensity, like: Tensor, num: int, widen: float = 1.0) -> tuple[float, float]:
+def _evidence_of(
+    gaussian: Gaussian, density: LatentDensity, like: Tensor, num: int, widen: float = 1.0
+) -> tuple[float, float]:
     """Log-evidence from draws of a Gaussian, widened."""
     z = normal_points(num, density.dim, like=like.double(), seed=7)
     u = gaussian.loc + widen * z @ gaussian.scale_tril.T
@@ -91,7 +96,9 @@ def _evidence_of(gaussian: Gaussian, density: LatentDensity, like: Tensor, num: 
     return _log_mean(log_p - log_q)
 
 
-def _search(draws: GuideDraws, model: Callable, args: tuple, kwargs: dict[str, Any], num: int) -> tuple[float, float]:
+def _search(
+    draws: GuideDraws, model: Callable, args: tuple, kwargs: dict[str, Any], num: int
+) -> tuple[float, float]:
     """Largest log-evidence, and its lower bound, from Gaussians found without the guide and from the guide's, widened."""
     density = LatentDensity(model, args, kwargs)
     like = density.init_loc
@@ -105,7 +112,9 @@ def _search(draws: GuideDraws, model: Callable, args: tuple, kwargs: dict[str, A
             proposals += [(own, 2.0), (own, 1.2)]
     _, candidates, _ = prefit(density, like)
     best = max(c.elbo for c in candidates)
-    proposals += [(c, 1.1) for c in candidates if c.elbo > best - 100.0 and c.scale_tril.dim() == 2]
+    proposals += [
+        (c, 1.1) for c in candidates if c.elbo > best - 100.0 and c.scale_tril.dim() == 2
+    ]
     with torch.no_grad():
         found = [_evidence_of(g, density, like, num, widen) for g, widen in proposals]
     return max(found, key=lambda pair: pair[1], default=(math.nan, -math.inf))
@@ -121,9 +130,10 @@ def diagnose(
 ) -> Diagnosis:
     """Say how far to trust a guide: any flow or auto-guide, or a custom one.
 
-    Importance weights tell how well the guide matches the posterior where it puts its draws. They cannot see mass that the
-    guide misses, so a search from elsewhere (the pre-fit's, and the guide's own draws spread wider) compares evidence.
-    No single number suffices: k-hat is scale-free, so that a guide with log-weights of spread 0.01 can show 0.7.
+    Importance weights tell how well the guide matches the posterior where it puts its draws. They
+    cannot see mass that the guide misses, so a search from elsewhere (the pre-fit's, and the
+    guide's own draws spread wider) compares evidence. No single number suffices: k-hat is
+    scale-free, so that a guide with log-weights of spread 0.01 can show 0.7.
 
     Cost: ``num_samples`` evaluations of the model and, for the search, a few thousand gradients.
 
@@ -150,22 +160,32 @@ def diagnose(
     divergence = max(weights.log_evidence - weights.elbo, 0.5 * weights.log_weight_sd**2)
     problems, advice = [], []
     if weights.num_dropped > 0.01 * weights.num_draws or not math.isfinite(weights.elbo):
-        problems.append(f"{weights.num_dropped} of {weights.num_draws} draws have weights that are not finite")
+        problems.append(
+            f"{weights.num_dropped} of {weights.num_draws} draws have weights that are not finite"
+        )
         advice.append("bound the supports, or look for overflow in the model; run in float64")
     if not divergence < 0.12:
         problems.append(f"it is about {divergence:.2f} nats from the posterior where it looks")
-        advice.append("fit longer or with a larger flow (fit_guide with num_steps=); then reparameterize the model")
+        advice.append(
+            "fit longer or with a larger flow (fit_guide with num_steps=); then reparameterize the model"
+        )
     far = {name: s for name, s in shifts.items() if not s < 0.3}
     if far and (k < 0.7 or divergence > 0.05):
         worst = max(far, key=lambda name: far[name])
-        problems.append(f"importance weights move '{worst}' by {far[worst]:.2f} posterior standard deviations")
+        problems.append(
+            f"importance weights move '{worst}' by {far[worst]:.2f} posterior standard deviations"
+        )
         if k < 0.7:
             advice.append("use importance_resample: the weights are good enough (k-hat below 0.7)")
     if wider_low > weights.log_evidence + 0.2:
         missed = -math.expm1(weights.log_evidence - wider)
         problems.append(f"it misses about {missed:.0%} of the posterior mass, found elsewhere")
-        advice.append("fit with tempering (fit_guide with temperature=4.0) or from another init_loc_fn; several modes may exist")
-    return Diagnosis(weights, divergence, shifts, wider, not problems, tuple(problems), tuple(advice))
+        advice.append(
+            "fit with tempering (fit_guide with temperature=4.0) or from another init_loc_fn; several modes may exist"
+        )
+    return Diagnosis(
+        weights, divergence, shifts, wider, not problems, tuple(problems), tuple(advice)
+    )
 
 
 def _shift(value: Tensor, w: Tensor) -> float:
@@ -187,7 +207,9 @@ def _array(value: Tensor) -> Any:
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def _predict(model: Callable, values: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def _predict(
+    model: Callable, values: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
     """Draws of the observed sites, one for each draw of the latents."""
     num = len(next(iter(values.values())))
     found: dict[str, list[Tensor]] = {}
@@ -204,7 +226,9 @@ def _predict(model: Callable, values: Mapping[str, Tensor], args: tuple, kwargs:
 
 def _skip_factors(model: Callable) -> Callable:
     """The model without its factor statements, which are no data."""
-    return poutine.block(model, hide_fn=lambda msg: msg["type"] == "sample" and isinstance(msg["fn"], Unit))
+    return poutine.block(
+        model, hide_fn=lambda msg: msg["type"] == "sample" and isinstance(msg["fn"], Unit)
+    )
 
 
 def to_arviz(
@@ -219,8 +243,9 @@ def to_arviz(
 ) -> Any:
     """Draws from a guide as ArviZ data, under ArviZ 0.23 and 1.x.
 
-    Groups: posterior; posterior_predictive; log_likelihood, pointwise also inside ``to_event``; observed_data; sample_stats
-    with ``log_weight`` (log p − log q) and ``lp``. One chain. Plates give their names to the dimensions.
+    Groups: posterior; posterior_predictive; log_likelihood, pointwise also inside ``to_event``;
+    observed_data; sample_stats with ``log_weight`` (log p − log q) and ``lp``. One chain. Plates
+    give their names to the dimensions.
 
     Args:
         model: The model.
@@ -242,29 +267,39 @@ def to_arviz(
 
     draws = draw(model, guide, *args, num_samples=num_samples, **kwargs)
     with torch.no_grad(), poutine.block():
-        trace = poutine.trace(poutine.replay(model, trace=poutine.trace(guide).get_trace(*args, **kwargs))).get_trace(
-            *args, **kwargs
-        )
+        trace = poutine.trace(
+            poutine.replay(model, trace=poutine.trace(guide).get_trace(*args, **kwargs))
+        ).get_trace(*args, **kwargs)
     observed = {
         name: site["value"]
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], Unit) and name in draws.log_likelihood
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not isinstance(site["fn"], Unit)
+        and name in draws.log_likelihood
     }
     groups: dict[str, dict[str, Any]] = {
         "posterior": {k: _array(v)[None] for k, v in draws.values.items()},
-        "sample_stats": {"log_weight": _array(draws.log_weights)[None], "lp": _array(draws.log_prob)[None]},
+        "sample_stats": {
+            "log_weight": _array(draws.log_weights)[None],
+            "lp": _array(draws.log_prob)[None],
+        },
     }
     if observed:
         groups["observed_data"] = {k: _array(v) for k, v in observed.items()}
         groups["log_likelihood"] = {k: _array(v)[None] for k, v in draws.log_likelihood.items()}
         if predictive:
             predicted = _predict(model, draws.values, args, kwargs)
-            groups["posterior_predictive"] = {k: _array(v)[None] for k, v in predicted.items() if k in observed}
+            groups["posterior_predictive"] = {
+                k: _array(v)[None] for k, v in predicted.items() if k in observed
+            }
     named = _plate_dims(draws, {**{k: v[0] for k, v in draws.values.items()}, **observed})
     named.update(dims or {})
     attrs = {"inference_library": "pyroflows", "inference_library_version": pyro.__version__}
     from_dict = functools.partial(arviz.from_dict, coords=dict(coords or {}), dims=named)
-    if int(arviz.__version__.split(".")[0]) >= 1:  # hasattr tests mislead: 1.x answers True to InferenceData
+    if (
+        int(arviz.__version__.split(".")[0]) >= 1
+    ):  # hasattr tests mislead: 1.x answers True to InferenceData
         return from_dict(groups, attrs={"/": attrs})
     return from_dict(**groups, attrs=attrs)
 

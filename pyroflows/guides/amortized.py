@@ -31,10 +31,14 @@ from pyroflows.transforms.elementwise import Elementwise
 __all__ = ["AmortizedFlow", "local_flow"]
 
 
-def local_flow(latent_dim: int, context_dim: int, *, num_layers: int = 4, hidden_dim: int = 64) -> Bijection:
-    """The default conditional flow of a row's latents: affine couplings, then an affine map of the context alone.
+def local_flow(
+    latent_dim: int, context_dim: int, *, num_layers: int = 4, hidden_dim: int = 64
+) -> Bijection:
+    """The default conditional flow of a row's latents: affine couplings, then an affine map of the
+    context alone.
 
-    The last map by itself is an amortized Gaussian; the couplings bend it. One network call per layer and direction.
+    The last map by itself is an amortized Gaussian; the couplings bend it. One network call per
+    layer and direction.
     """
     hidden, scalar = [hidden_dim, hidden_dim], Affine(5.0)
     layers: list[Bijection] = []
@@ -42,7 +46,12 @@ def local_flow(latent_dim: int, context_dim: int, *, num_layers: int = 4, hidden
         for mask in who_moves(latent_dim, num_layers):
             moved = int(mask.sum())
             net = Dense(
-                latent_dim - moved, 2, moved, context_dim=context_dim, hidden_dims=hidden, activation=nn.SiLU
+                latent_dim - moved,
+                2,
+                moved,
+                context_dim=context_dim,
+                hidden_dims=hidden,
+                activation=nn.SiLU,
             )
             layers.append(Coupling(scalar, net, mask, context_dim=context_dim))
     net = Free(2, latent_dim, context_dim=context_dim, hidden_dims=hidden, activation=nn.SiLU)
@@ -55,25 +64,30 @@ class AmortizedFlow(AutoGuide):
 
     .. math:: q(z_{\text{global}})\,\prod_i q(z_i \mid h(x_i),\, z_{\text{global}})
 
-    The global latents, those outside the plate, follow an :class:`AutoFlow`; those of row i follow a conditional flow
-    whose context is an encoding h of the row's data and the (unconstrained) global latents. Everything inside the plate
-    is scaled as the model's: losses of minibatches are unbiased.
+    The global latents, those outside the plate, follow an :class:`AutoFlow`; those of row i follow
+    a conditional flow whose context is an encoding h of the row's data and the (unconstrained)
+    global latents. Everything inside the plate is scaled as the model's: losses of minibatches are
+    unbiased.
 
     Args:
         model: The model. All local latents lie in the same plates.
         encoder: Module ``(*plate, *features) -> (*plate, encoder_dim)``.
         encoder_dim: Features that the encoder gives.
-        inputs: Callable of the model's arguments that gives the data to encode, whole; its leading axes are the
-            plate's and are subsampled with it. The first argument if None.
+        inputs: Callable of the model's arguments that gives the data to encode, whole; its leading
+            axes are the plate's and are subsampled with it. The first argument if None.
         flow: The global flow, as in :class:`AutoFlow`.
-        local: Callable ``(latent_dim, context_dim) -> Bijection`` with context; :func:`local_flow` if None.
-        local_names: Local sites; those inside a subsampled plate if None, or inside any plate if none is subsampled.
+        local: Callable ``(latent_dim, context_dim) -> Bijection`` with context; :func:`local_flow`
+            if None.
+        local_names: Local sites; those inside a subsampled plate if None, or inside any plate if
+            none is subsampled.
         init_loc_fn: As in :class:`AutoFlow`; for the global latents.
         init_scale: As in :class:`AutoFlow`.
-        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`; needed where batches vary in size.
+        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`; needed where batches vary in
+            size.
 
     Raises:
-        ValueError: When the model is first seen, if it has no local latents or they lie in different plates.
+        ValueError: When the model is first seen, if it has no local latents or they lie in
+            different plates.
 
     References:
         Kingma, Welling (2014), Auto-encoding variational Bayes. arXiv:1312.6114
@@ -114,12 +128,20 @@ class AmortizedFlow(AutoGuide):
         finally:
             self._model = model
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
-        names = self._local_names or _inside_plates(sites, subsampled=True) or _inside_plates(sites, subsampled=False)
+        names = (
+            self._local_names
+            or _inside_plates(sites, subsampled=True)
+            or _inside_plates(sites, subsampled=False)
+        )
         if not names:
-            raise ValueError("AmortizedFlow: the model has no latents inside a plate; use AutoFlow")
+            raise ValueError(
+                "AmortizedFlow: the model has no latents inside a plate; use AutoFlow"
+            )
         stacks = {tuple(sorted(f.name for f in sites[n]["cond_indep_stack"])) for n in names}
         if len(stacks) > 1:
-            raise ValueError(f"AmortizedFlow: local latents lie in different plates: {sorted(stacks)}")
+            raise ValueError(
+                f"AmortizedFlow: local latents lie in different plates: {sorted(stacks)}"
+            )
         self.local_sites = [_LocalSite(sites[n]) for n in sites if n in names]
         self._frames = list(sites[names[0]]["cond_indep_stack"])
         self.local_dim = sum(s.size for s in self.local_sites)
@@ -164,11 +186,15 @@ class AmortizedFlow(AutoGuide):
             features = self.encoder(self._rows(data, depth))
             context = features if global_part is None else _join(features, global_part)
             latent = pyro.sample(
-                f"_{self._pyro_name}_local", self.local_posterior(context), infer={"is_auxiliary": True}
+                f"_{self._pyro_name}_local",
+                self.local_posterior(context),
+                infer={"is_auxiliary": True},
             )
             start = 0
             for site in self.local_sites:
-                u = latent[..., start : start + site.size].reshape(latent.shape[:-1] + site.event_shape)
+                u = latent[..., start : start + site.size].reshape(
+                    latent.shape[:-1] + site.event_shape
+                )
                 start += site.size
                 transform = biject_to(site.support)
                 value = transform(u)
@@ -208,7 +234,11 @@ class _LocalSite:
     """What unpacking needs to know of a local site."""
 
     def __init__(self, site: dict[str, Any]) -> None:
-        self.name, self.support, self.event_dim = site["name"], site["fn"].support, site["fn"].event_dim
+        self.name, self.support, self.event_dim = (
+            site["name"],
+            site["fn"].support,
+            site["fn"].event_dim,
+        )
         with helpful_support_errors(site):
             u = biject_to(self.support).inv(site["value"])
         event_dim = self.event_dim + u.dim() - site["value"].dim()
@@ -227,4 +257,6 @@ def _inside_plates(sites: dict[str, Any], subsampled: bool) -> list[str]:
 def _join(features: Tensor, global_part: Tensor) -> Tensor:
     """Context of each row: its features and the global latents, ``(*batch, both)``."""
     batch = torch.broadcast_shapes(features.shape[:-1], global_part.shape[:-1])
-    return torch.cat([part.expand(batch + part.shape[-1:]) for part in (features, global_part)], -1)
+    return torch.cat(
+        [part.expand(batch + part.shape[-1:]) for part in (features, global_part)], -1
+    )

@@ -32,28 +32,34 @@ class AutoFlow(AutoContinuous):
 
     .. math:: u = \mu + W\,(b + A f(z)), \qquad z \sim N(0, I),
 
-    with u the concatenated unconstrained latents, f a flow that starts as the identity, A triangular, and
-    :math:`\mu, W` fixed by a pre-fit (:meth:`prefit`, which :func:`fit_guide` calls). Without it :math:`\mu` comes from
-    ``init_loc_fn``, W is the identity and A is ``init_scale`` times the identity.
+    with u the concatenated unconstrained latents, f a flow that starts as the identity, A
+    triangular, and
+    :math:`\mu, W` fixed by a pre-fit (:meth:`prefit`, which :func:`fit_guide` calls). Without it
+    :math:`\mu` comes from ``init_loc_fn``, W is the identity and A is ``init_scale`` times the
+    identity.
 
-    It is an :class:`~pyro.infer.autoguide.AutoContinuous` and works wherever one does. All trainable numbers are one
-    parameter, ``packed``: a step of SVI costs one message.
+    It is an :class:`~pyro.infer.autoguide.AutoContinuous` and works wherever one does. All
+    trainable numbers are one parameter, ``packed``: a step of SVI costs one message.
 
     Args:
         model: The model. Its latents must be continuous; supports may depend on other sites.
-        flow: Callable ``latent_dim -> Bijection``, transform, list of these or Flow; or the name of one of
-            :mod:`pyroflows.recipes`; None for the default, :func:`posterior_flow`. Noise to latents.
+        flow: Callable ``latent_dim -> Bijection``, transform, list of these or Flow; or the name
+            of one of
+            :mod:`pyroflows.recipes`; None for the default, :func:`posterior_flow`. Noise to
+            latents.
         init_loc_fn: Initial value of each site; see :mod:`pyro.infer.autoguide.initialization`.
         init_scale: Initial standard deviation of each unconstrained latent.
-        full_rank: Whether A and W are triangular matrices rather than diagonal; up to 300 latents if None.
+        full_rank: Whether A and W are triangular matrices rather than diagonal; up to 300 latents
+            if None.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampled plates.
 
     Raises:
-        ValueError: When the model is first seen: for discrete latents, and for latents inside a subsampled plate, which
-            need an amortized guide; the message names the site.
+        ValueError: When the model is first seen: for discrete latents, and for latents inside a
+            subsampled plate, which need an amortized guide; the message names the site.
 
     References:
-        Kingma et al. (2016), Improved variational inference with inverse autoregressive flow. arXiv:1606.04934
+        Kingma et al. (2016), Improved variational inference with inverse autoregressive flow.
+        arXiv:1606.04934
     """
 
     def __init__(
@@ -74,7 +80,8 @@ class AutoFlow(AutoContinuous):
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
         self._pending_state: dict[str, Any] | None = None
 
-    # ------------------------------------------------------------------------------------------ seeing the model
+    # ------------------------------------------------------------------------------------------
+    # seeing the model
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
         """Run the model once with these arguments, create the parameters, and return self."""
@@ -94,9 +101,14 @@ class AutoFlow(AutoContinuous):
                     )
         self._moving_supports = self._find_moving_supports(args, kwargs)
         loc = self._init_loc()
-        full_rank = self.latent_dim <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
+        full_rank = (
+            self.latent_dim <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
+        )
         self.transport = Transport(
-            _make_flow(self._flow, self.latent_dim), loc, init_scale=self._init_scale, full_rank=full_rank
+            _make_flow(self._flow, self.latent_dim),
+            loc,
+            init_scale=self._init_scale,
+            full_rank=full_rank,
         )
         self._parameters["packed"] = _owned(nn.Parameter(self.transport.initial.clone()))
         if self.master is None:
@@ -110,7 +122,9 @@ class AutoFlow(AutoContinuous):
         name, store = f"{self._pyro_name}.packed", pyro.get_param_store()
         if name in store:
             held = store._params[name]
-            if held is not self._parameters["packed"] and getattr(held, "_belongs_to_a_guide", False):
+            if held is not self._parameters["packed"] and getattr(
+                held, "_belongs_to_a_guide", False
+            ):
                 del store[name]
 
     def _find_moving_supports(self, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -124,12 +138,17 @@ class AutoFlow(AutoContinuous):
             there, here = (density.evaluate(density.init_loc + s * step).supports for s in (1, -1))
         return any(_differ(there[name], here[name]) for name in sites if name in there)
 
-    # ------------------------------------------------------------------------------------------ the posterior
+    # ------------------------------------------------------------------------------------------
+    # the posterior
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """Standard normal noise, event shape ``(D,)``."""
         loc = self._modules["transport"].loc
-        return dist.Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False).to_event(1)
+        held = self.__dict__.get("_base")
+        if held is None or held[0] is not loc:
+            unit = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
+            held = self.__dict__["_base"] = (loc, unit.to_event(1))
+        return held[1]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The map from noise to unconstrained latents, a :class:`Bijection` with the present parameters."""
@@ -173,7 +192,9 @@ class AutoFlow(AutoContinuous):
             self._raw_model[0](*args, **kwargs)
         return run
 
-    def _constrain(self, latent: Tensor, args: tuple = (), kwargs: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    def _constrain(
+        self, latent: Tensor, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> dict[str, Tensor]:
         """Values of the sites at ``latent``, ``(*batch, D)``; each ``(*batch, *site)``."""
         nesting = max(len(s["fn"].batch_shape) for s in self._sites())
         batch = latent.shape[:-1]
@@ -181,13 +202,18 @@ class AutoFlow(AutoContinuous):
         if self._moving_supports:
             values = self._run_model(spread, args, kwargs or {}).values
         else:
-            values = {s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(spread)}
-        return {s["name"]: values[s["name"]].reshape(batch + s["value"].shape) for s in self._sites()}
+            values = {
+                s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(spread)
+            }
+        return {
+            s["name"]: values[s["name"]].reshape(batch + s["value"].shape) for s in self._sites()
+        }
 
     def _sites(self) -> list[dict[str, Any]]:
         return [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
 
-    # ------------------------------------------------------------------------------------------ pre-fit
+    # ------------------------------------------------------------------------------------------
+    # pre-fit
 
     def density(self, *args: Any, **kwargs: Any) -> LatentDensity:
         """The model's log-density on the flat vector that this guide's flow describes."""
@@ -210,7 +236,8 @@ class AutoFlow(AutoContinuous):
         self.place(best)
         return best
 
-    # ------------------------------------------------------------------------------------------ using the posterior
+    # ------------------------------------------------------------------------------------------
+    # using the posterior
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -222,8 +249,9 @@ class AutoFlow(AutoContinuous):
         """Log-density of the guide at points from anywhere, shape batch.
 
         Args:
-            values: A dict of constrained values ``(*batch, *site)`` with every latent site, giving the density of the
-                constrained values; or a tensor of unconstrained latents ``(*batch, D)``, giving theirs.
+            values: A dict of constrained values ``(*batch, *site)`` with every latent site, giving
+                the density of the constrained values; or a tensor of unconstrained latents
+                ``(*batch, D)``, giving theirs.
             *args: Arguments of the model, needed if supports depend on other sites.
             **kwargs: Its keyword arguments.
         """
@@ -232,7 +260,9 @@ class AutoFlow(AutoContinuous):
             return self.get_posterior().log_prob(values)
         missing = [s["name"] for s in self._sites() if s["name"] not in values]
         if missing:
-            raise ValueError(f"AutoFlow.log_prob needs a value for every latent site; missing: {missing}")
+            raise ValueError(
+                f"AutoFlow.log_prob needs a value for every latent site; missing: {missing}"
+            )
         supports: Mapping[str, Any] = {s["name"]: s["fn"].support for s in self._sites()}
         if self._moving_supports:
             run = _Seen({}, values)
@@ -244,7 +274,9 @@ class AutoFlow(AutoContinuous):
             value, transform = values[site["name"]], biject_to(supports[site["name"]])
             batch = value.shape[: value.dim() - site["value"].dim()]
             u = transform.inv(value)
-            log_det = log_det + transform.log_abs_det_jacobian(u, value).reshape(batch + (-1,)).sum(-1)
+            log_det = log_det + transform.log_abs_det_jacobian(u, value).reshape(
+                batch + (-1,)
+            ).sum(-1)
             parts.append(u.reshape(batch + (-1,)))
         return self.get_posterior().log_prob(torch.cat(parts, -1)) - log_det
 
@@ -253,7 +285,9 @@ class AutoFlow(AutoContinuous):
         """Draws of u − μ, symmetric in z and with z = 0: exact medians for symmetric posteriors; global RNG untouched."""
         transport = self._modules["transport"]
         z = normal_points(2048, self.latent_dim, like=transport.loc)
-        v, _ = transport.from_base(self._parameters["packed"], torch.cat([z, torch.zeros_like(z[:1]), -z]))
+        v, _ = transport.from_base(
+            self._parameters["packed"], torch.cat([z, torch.zeros_like(z[:1]), -z])
+        )
         return transport.spread(v)
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -262,8 +296,11 @@ class AutoFlow(AutoContinuous):
         return self._modules["transport"].loc + deviations.median(0).values, deviations.std(0)
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles of each latent: marginal ones of the unconstrained values, mapped to the support.
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Posterior quantiles of each latent: marginal ones of the unconstrained values, mapped to
+        the support.
 
         Args:
             quantiles: Levels between 0 and 1.
@@ -287,13 +324,17 @@ class AutoFlow(AutoContinuous):
         """Posterior median of each latent site; see :meth:`quantiles`."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
-    # ------------------------------------------------------------------------------------------ copies
+    # ------------------------------------------------------------------------------------------
+    # copies
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self._model, self.master
         state = dict(super().__getstate__())
-        self.__dict__.update(_model=kept[0], master=kept[1])  # Pyro's takes the model away from the original
+        self.__dict__.update(
+            _model=kept[0], master=kept[1]
+        )  # Pyro's takes the model away from the original
         state.update(_model=None, _raw_model=None, master=None)
+        state.pop("_base", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -308,7 +349,9 @@ class AutoFlow(AutoContinuous):
         new.__dict__.update(_model=self._model, _raw_model=self._raw_model)
         return new
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
         if self.prototype_trace is None:  # kept for when the model is seen
             own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
             self._pending_state = own or None
@@ -319,7 +362,9 @@ class AutoFlow(AutoContinuous):
 class _Seen(poutine.messenger.Messenger):
     """Give latents their values while the model runs, and remember their supports."""
 
-    def __init__(self, unconstrained: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, unconstrained: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.unconstrained, self.values = unconstrained, dict(values or {})
         self.supports: dict[str, Any] = {}
@@ -344,7 +389,9 @@ def _make_flow(flow: Callable[[int], Any] | str | None, latent_dim: int) -> Bije
         from pyroflows import recipes
 
         if flow not in recipes.__all__:
-            raise ValueError(f"AutoFlow: flow must be one of {sorted(recipes.__all__)}; got {flow!r}")
+            raise ValueError(
+                f"AutoFlow: flow must be one of {sorted(recipes.__all__)}; got {flow!r}"
+            )
         flow = getattr(recipes, flow)
     made = flow(latent_dim)
     made = getattr(made, "transform", made)
@@ -369,4 +416,7 @@ def _has_tensors(support: Any) -> bool:
 
 
 def _differ(one: Any, other: Any) -> bool:
-    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(_tensors(one), _tensors(other), strict=True))
+    return any(
+        a.shape != b.shape or not torch.equal(a, b)
+        for a, b in zip(_tensors(one), _tensors(other), strict=True)
+    )

@@ -48,7 +48,9 @@ def pointwise(fn: Any, value: Tensor) -> Tensor:
             return fn.log_prob(value)
 
 
-def _run(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], num: int, nesting: int) -> GuideDraws:
+def _run(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], num: int, nesting: int
+) -> GuideDraws:
     """One batch under a plate of particles; ``num`` 0 for a single draw without one."""
 
     def batched(fn: Callable) -> Callable:
@@ -56,7 +58,9 @@ def _run(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], 
 
     with torch.no_grad(), poutine.block():
         guide_trace = poutine.trace(batched(guide)).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(batched(poutine.replay(model, trace=guide_trace))).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(batched(poutine.replay(model, trace=guide_trace))).get_trace(
+            *args, **kwargs
+        )
     guide_trace, model_trace = (prune_subsample_sites(t) for t in (guide_trace, model_trace))
     with torch.no_grad():
         guide_trace.compute_log_prob()
@@ -65,9 +69,9 @@ def _run(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], 
     def total(trace: poutine.Trace) -> Tensor:
         terms = [s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample"]
         return sum(
-            (t.reshape(len(t), -1).sum(-1) if num and t.dim() > nesting else t.sum()) for t in terms
+            (t.reshape(len(t), -1).sum(-1) if num and t.dim() > nesting else t.sum())
+            for t in terms
         ) + torch.zeros(num or 1, device=terms[0].device if terms else None)
-
 
     values, likelihood, plates = {}, {}, {}
     for name, site in model_trace.nodes.items():
@@ -101,11 +105,17 @@ def _squeeze(value: Tensor, num: int, nesting: int, keep: int, event_dim: int) -
 
 
 def draw(
-    model: Callable, guide: Callable, *args: Any, num_samples: int = 1000, batch_size: int = 500, **kwargs: Any
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_samples: int = 1000,
+    batch_size: int = 500,
+    **kwargs: Any,
 ) -> GuideDraws:
     """Draw from a guide, any of Pyro's included, and weigh the draws by the model.
 
-    Runs guide and model once per batch, with the batch as an outermost plate; one at a time where the model cannot.
+    Runs guide and model once per batch, with the batch as an outermost plate; one at a time where
+    the model cannot.
 
     Args:
         model: The model.
@@ -150,12 +160,17 @@ def draw(
 
 
 def importance_resample(
-    model: Callable, guide: Callable, *args: Any, num_samples: int = 1000, num_proposals: int | None = None, **kwargs: Any
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_samples: int = 1000,
+    num_proposals: int | None = None,
+    **kwargs: Any,
 ) -> Mapping[str, Tensor]:
     """Draws from the guide, resampled by their Pareto-smoothed importance weights.
 
-    Where the guide covers the posterior (k-hat below 0.7; see ``diagnose``), these follow the posterior itself, as far as
-    the proposals last. They repeat: the better the guide, the less.
+    Where the guide covers the posterior (k-hat below 0.7; see ``diagnose``), these follow the
+    posterior itself, as far as the proposals last. They repeat: the better the guide, the less.
 
     Args:
         model: The model.
@@ -172,10 +187,15 @@ def importance_resample(
     log_weights, _ = smooth_weights(proposals.log_weights)
     weights = log_weights.exp().nan_to_num(0.0)
     if not weights.sum() > 0:
-        raise RuntimeError("importance_resample: no draw has a finite, positive weight; fit the guide first")
+        raise RuntimeError(
+            "importance_resample: no draw has a finite, positive weight; fit the guide first"
+        )
     # systematic resampling: the least noise that leaves the expectations right
     edges = weights.cumsum(0) / weights.sum()
-    points = (torch.arange(num_samples).to(edges) + torch.rand((), dtype=edges.dtype, device=edges.device)) / num_samples
+    points = (
+        torch.arange(num_samples).to(edges)
+        + torch.rand((), dtype=edges.dtype, device=edges.device)
+    ) / num_samples
     index = torch.searchsorted(edges, points).clamp(max=len(edges) - 1)
     index = index[torch.randperm(num_samples, device=index.device)]
     return {name: value[index] for name, value in proposals.values.items()}

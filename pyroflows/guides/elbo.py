@@ -24,28 +24,33 @@ class PathGradientELBO(ELBO):
     r"""The ELBO, differentiated along the path of the samples only ("sticking the landing").
 
     .. math:: \mathrm{ELBO} = \mathbb E_{z \sim q_\theta}[\log p(x, z) - \log q_\theta(z)], \qquad
-        \hat\nabla_\theta = \nabla_\theta \big[\log p(x, z_\theta) - \log q_{\bar\theta}(z_\theta)\big]
+        \hat\nabla_\theta = \nabla_\theta \big[\log p(x, z_\theta) - \log
+        q_{\bar\theta}(z_\theta)\big]
 
-    with :math:`\bar\theta` held fixed. The part left out has mean zero; without it the gradient's variance vanishes where
-    the guide is exact. With ``iwae=True`` the bound is the importance-weighted one,
-    :math:`\log \frac1S \sum_s p(x, z_s)/q(z_s)`, whose path gradient weights each sample by the square of its normalized
-    weight (doubly reparameterized; Tucker et al. 2019, eq. 8).
+    with :math:`\bar\theta` held fixed. The part left out has mean zero; without it the gradient's
+    variance vanishes where the guide is exact. With ``iwae=True`` the bound is the
+    importance-weighted one,
+    :math:`\log \frac1S \sum_s p(x, z_s)/q(z_s)`, whose path gradient weights each sample by the
+    square of its normalized weight (doubly reparameterized; Tucker et al. 2019, eq. 8).
 
-    Works with any guide whose latents are reparameterized, in place of :class:`~pyro.infer.Trace_ELBO`. Samples that are not
-    finite are dropped from the average. Cost: the guide runs twice per step, the second time to invert its transforms.
+    Works with any guide whose latents are reparameterized, in place of
+    :class:`~pyro.infer.Trace_ELBO`. Samples that are not finite are dropped from the average.
+    Cost: the guide runs twice per step, the second time to invert its transforms.
 
     Args:
         num_particles: Samples S per step.
         max_plate_nesting: Found by itself if not given.
         vectorize_particles: Whether all samples are one batch.
         iwae: Whether to use the importance-weighted bound; it needs ``vectorize_particles``.
-        temperature: Divides the model's log-density, priors and all; above 1 it flattens the posterior so that a guide can
-            find several modes. An attribute that may be changed between steps.
+        temperature: Divides the model's log-density, priors and all; above 1 it flattens the
+            posterior so that a guide can find several modes. An attribute that may be changed
+            between steps.
         **kwargs: Others of :class:`~pyro.infer.ELBO`.
 
     References:
         Roeder, Wu, Duvenaud (2017), Sticking the landing. arXiv:1703.09194
-        Tucker, Lawson, Gu, Maddison (2019), Doubly reparameterized gradient estimators. arXiv:1810.04152
+        Tucker, Lawson, Gu, Maddison (2019), Doubly reparameterized gradient estimators.
+        arXiv:1810.04152
     """
 
     def __init__(
@@ -58,7 +63,9 @@ class PathGradientELBO(ELBO):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_particles, max_plate_nesting, vectorize_particles=vectorize_particles, **kwargs)
+        super().__init__(
+            num_particles, max_plate_nesting, vectorize_particles=vectorize_particles, **kwargs
+        )
         if iwae and not vectorize_particles:
             raise ValueError("PathGradientELBO: iwae=True needs vectorize_particles=True")
         if not temperature > 0:
@@ -82,7 +89,9 @@ class PathGradientELBO(ELBO):
                 )
             # a new tensor object too, so that no transform recalls it together with its graph
             leaves.nodes[name] = {**site, "value": site["value"].detach().clone().requires_grad_()}
-        with _frozen([s["value"].unconstrained() for s in seen.trace.nodes.values() if s["type"] == "param"]):
+        with _frozen(
+            [s["value"].unconstrained() for s in seen.trace.nodes.values() if s["type"] == "param"]
+        ):
             fixed = poutine.trace(poutine.replay(guide, trace=leaves)).get_trace(*args, **kwargs)
             fixed.compute_log_prob()
         model_trace = poutine.trace(poutine.replay(model, trace=leaves)).get_trace(*args, **kwargs)
@@ -126,10 +135,15 @@ class PathGradientELBO(ELBO):
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound."""
         with torch.no_grad():
-            bounds = [self._objective(self._log_weights(*t[:2]))[0] for t in self._get_traces(model, guide, args, kwargs)]
+            bounds = [
+                self._objective(self._log_weights(*t[:2]))[0]
+                for t in self._get_traces(model, guide, args, kwargs)
+            ]
         return -sum(bounds) / len(bounds)
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Minus the bound, with the path gradient."""
         loss, surrogate, _ = self._paths(model, guide, args, kwargs, keep_graph=True)
         return loss + (surrogate - surrogate.detach())
@@ -144,11 +158,18 @@ class PathGradientELBO(ELBO):
         return loss
 
     def _paths(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], keep_graph: bool
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        keep_graph: bool,
     ) -> tuple[float, Tensor, list[tuple[Tensor, Tensor]]]:
-        """The loss, a surrogate with its gradient, and pairs (value with graph, gradient of the loss there).
+        """The loss, a surrogate with its gradient, and pairs (value with graph, gradient of the
+        loss there).
 
-        The model's own parameters get their gradients at once, or through the surrogate if ``keep_graph``.
+        The model's own parameters get their gradients at once, or through the surrogate if
+        ``keep_graph``.
         """
         loss, surrogate, paths = 0.0, torch.zeros(()), []
         share = 1.0 if self.vectorize_particles else 1.0 / self.num_particles
@@ -163,12 +184,21 @@ class PathGradientELBO(ELBO):
                 if site["type"] == "sample" and site["value"].requires_grad
             ]
             if keep_graph:
-                grads = torch.autograd.grad(-share * objective, [leaf for _, leaf in pairs], retain_graph=True, allow_unused=True)
+                grads = torch.autograd.grad(
+                    -share * objective,
+                    [leaf for _, leaf in pairs],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
                 surrogate = surrogate - share * objective
             else:
                 (-share * objective).backward()
                 grads = [leaf.grad for _, leaf in pairs]
-            found = [(value, grad) for (value, _), grad in zip(pairs, grads, strict=True) if grad is not None]
+            found = [
+                (value, grad)
+                for (value, _), grad in zip(pairs, grads, strict=True)
+                if grad is not None
+            ]
             found = self._drop(found)
             surrogate = surrogate + sum((value * grad).sum() for value, grad in found)
             paths += found
@@ -179,9 +209,16 @@ class PathGradientELBO(ELBO):
         if not (self.vectorize_particles and self.num_particles > 1):
             ok = all(bool(grad.isfinite().all()) for _, grad in paths)
             return paths if ok else []
-        ok = torch.stack([g.isfinite().flatten(1).all(1) for _, g in paths if len(g) == self.num_particles]).all(0)
+        ok = torch.stack(
+            [g.isfinite().flatten(1).all(1) for _, g in paths if len(g) == self.num_particles]
+        ).all(0)
         return [
-            (value, torch.where(ok.view(-1, *[1] * (grad.dim() - 1)), grad, 0.0) if len(grad) == len(ok) else grad)
+            (
+                value,
+                torch.where(ok.view(-1, *[1] * (grad.dim() - 1)), grad, 0.0)
+                if len(grad) == len(ok)
+                else grad,
+            )
             for value, grad in paths
         ]
 
@@ -194,7 +231,9 @@ def _frozen(leaves: list[Tensor]) -> Iterator[None]:
         leaf.requires_grad_(False)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was not registered in the param store", UserWarning)
+            warnings.filterwarnings(
+                "ignore", ".*was not registered in the param store", UserWarning
+            )
             yield
     finally:
         for leaf, flag in zip(leaves, flags, strict=True):

@@ -71,14 +71,23 @@ class Schedule:
             return (step + 1) / self.warmup
         if step < self.decay_from:
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.decay_from) / self.decay_steps)))
+        return 0.5 * (
+            1 + math.cos(math.pi * min(1.0, (step - self.decay_from) / self.decay_steps))
+        )
 
     def see(self, losses: list[float]) -> None:
         """Begin the cosine early if the last window of losses is no lower than the one before."""
         n, w = len(losses), self.window
-        if not w or n >= self.decay_from or n < self.warmup + 2 * w or (n - self.warmup) % (w // 2):
+        if (
+            not w
+            or n >= self.decay_from
+            or n < self.warmup + 2 * w
+            or (n - self.warmup) % (w // 2)
+        ):
             return
-        recent, before = (torch.tensor(x, dtype=torch.float64) for x in (losses[-w:], losses[-2 * w : -w]))
+        recent, before = (
+            torch.tensor(x, dtype=torch.float64) for x in (losses[-w:], losses[-2 * w : -w])
+        )
         noise = ((recent.var() + before.var()) / w).sqrt()
         if not before.mean() - recent.mean() > max(self.tol, noise.item()):
             self.decay_from, self.converged = n, True
@@ -120,7 +129,9 @@ class _BasePoints:
         self.like = like
 
     def draw(self) -> Tensor:
-        shift = torch.rand(self.points.shape[-1], dtype=self.points.dtype, device=self.points.device)
+        shift = torch.rand(
+            self.points.shape[-1], dtype=self.points.dtype, device=self.points.device
+        )
         eps = 1e-10
         return torch.special.ndtri(((self.points + shift) % 1.0).clamp(eps, 1 - eps)).to(self.like)
 
@@ -140,7 +151,11 @@ def _model_parameters(density: LatentDensity) -> list[Tensor]:
     """Unconstrained leaves of the model's own parameters."""
     with torch.no_grad(), poutine.trace(param_only=True) as seen:
         density.evaluate(density.init_loc)
-    leaves = [site["value"].unconstrained() for site in seen.trace.nodes.values() if site["type"] == "param"]
+    leaves = [
+        site["value"].unconstrained()
+        for site in seen.trace.nodes.values()
+        if site["type"] == "param"
+    ]
     return [p for p in leaves if p.requires_grad]
 
 
@@ -158,21 +173,24 @@ def fit_guide(
     prefit_first: bool | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Fit a guide to the posterior of a model: an :class:`AutoFlow`, ready to use, or any other reparameterized guide.
+    r"""Fit a guide to the posterior of a model: an :class:`AutoFlow`, ready to use, or any other
+    reparameterized guide.
 
-    Each step draws base points z, maps them to latents u, and follows the path gradient of the ELBO,
+    Each step draws base points z, maps them to latents u, and follows the gradient of the ELBO; as
+    the rate falls below half, its path gradient,
 
     .. math:: \nabla_\theta \frac1S \sum_s \big[\log p(u_s) - \log q_{\bar\theta}(u_s)\big],
         \qquad u_s = T_\theta(z_s), \quad \bar\theta\ \text{held fixed},
 
-    whose variance vanishes when the guide is exact. Adam with warm-up and a cosine to zero; particles that are not finite
-    are dropped; gradients are clipped to twice their running median. The guide never ends worse than its pre-fit.
+    whose variance vanishes when the guide is exact. Adam with warm-up and a cosine to zero;
+    particles that are not finite are dropped; gradients are clipped to twice their running median.
+    The guide never ends worse than its pre-fit.
 
-    A guide of another kind gets all of this but the pre-fit, the guard, annealing and convergence: 1,000 steps if
-    ``num_steps`` is None.
+    A guide of another kind gets all of this but the pre-fit, the guard, annealing and convergence:
+    1,000 steps if ``num_steps`` is None.
 
-    Cost: by default at most 50,000 gradients of the model, the pre-fit included; one forward and one inverse pass of the
-    flow per step.
+    Cost: by default at most 50,000 gradients of the model, the pre-fit included; one forward and
+    one inverse pass of the flow per step.
 
     Args:
         model: The Pyro model; its own parameters, if any, are trained with the guide's.
@@ -183,11 +201,13 @@ def fit_guide(
         progress: Whether to print the ELBO now and then.
         seed: Seed of everything random here; the global state is then given back untouched.
         lr: Largest learning rate of Adam.
-        iwae: Whether to maximize the importance-weighted bound of all particles of a step; it covers more of the
-            posterior, and suits importance sampling.
-        temperature: Where to begin annealing: the model's log-density is divided by it in the pre-fit and at the start,
-            by less and less until one third of the steps, then by 1. Above 1 for posteriors with several modes.
-        prefit_first: Whether to pre-fit a Gaussian first; if None, only a guide that was never trained.
+        iwae: Whether to maximize the importance-weighted bound of all particles of a step; it
+            covers more of the posterior, and suits importance sampling.
+        temperature: Where to begin annealing: the model's log-density is divided by it in the
+            pre-fit and at the start, by less and less until one third of the steps, then by 1.
+            Above 1 for posteriors with several modes.
+        prefit_first: Whether to pre-fit a Gaussian first; if None, only a guide that was never
+            trained.
         **kwargs: Keyword arguments of the model.
 
     Returns:
@@ -195,12 +215,14 @@ def fit_guide(
 
     References:
         Roeder, Wu, Duvenaud (2017), Sticking the landing. arXiv:1703.09194
-        Agrawal, Domke (2024), Disentangling impact of capacity, objective, batchsize, estimators, and step-size on flow VI.
-        arXiv:2412.08824
+        Agrawal, Domke (2024), Disentangling impact of capacity, objective, batchsize, estimators,
+        and step-size on flow VI. arXiv:2412.08824
     """
     result, begun = FitResult(), time.process_time()
     if num_particles < 1 or (num_steps is not None and num_steps < 1):
-        raise ValueError(f"fit_guide: num_steps and num_particles must be positive; got {num_steps}, {num_particles}")
+        raise ValueError(
+            f"fit_guide: num_steps and num_particles must be positive; got {num_steps}, {num_particles}"
+        )
     if not temperature > 0:
         raise ValueError(f"fit_guide: temperature must be positive; got {temperature}")
     with _seeded(seed):
@@ -219,8 +241,16 @@ def fit_guide(
             result.prefit, result.candidates, result.num_gradients = found
             guide.place(result.prefit)
         _train(
-            density, guide, [packed, *_model_parameters(density)], result, num_steps, num_particles, lr, progress,
-            iwae, temperature,
+            density,
+            guide,
+            [packed, *_model_parameters(density)],
+            result,
+            num_steps,
+            num_particles,
+            lr,
+            progress,
+            iwae,
+            temperature,
         )
         with torch.no_grad():
             result.diagnostics = _assess(density, guide, result, iwae)
@@ -247,7 +277,11 @@ def _train_any(
     for step in range(schedule.num_steps):
         with poutine.trace(param_only=True) as seen:
             loss = elbo.loss_and_grads(model, guide, *args, **kwargs)
-        found = {name: site["value"].unconstrained() for name, site in seen.trace.nodes.items() if site["type"] == "param"}
+        found = {
+            name: site["value"].unconstrained()
+            for name, site in seen.trace.nodes.items()
+            if site["type"] == "param"
+        }
         if found.keys() - parameters.keys() or optimizer is None:
             parameters.update(found)
             optimizer = torch.optim.Adam(parameters.values(), lr=lr, betas=(0.9, 0.99), fused=True)
@@ -270,18 +304,22 @@ def _report(step: int, losses: list[float], progress: bool) -> None:
 def _log_weights(density: LatentDensity, guide: AutoFlow, z: Tensor) -> Tensor:
     transport = guide._modules["transport"]
     v, log_det = transport.from_base(guide._parameters["packed"], z)
-    log_q = guide.get_base_dist().log_prob(z) - log_det - transport.log_det_scale
+    log_q = _standard_normal(z) - log_det - transport.log_det_scale
     return density(transport.loc + transport.spread(v)) - log_q
 
 
-def _assess(density: LatentDensity, guide: AutoFlow, result: FitResult, iwae: bool) -> WeightSummary:
+def _assess(
+    density: LatentDensity, guide: AutoFlow, result: FitResult, iwae: bool
+) -> WeightSummary:
     """Summary of the weights; a guide that is clearly worse than its pre-fit goes back there."""
     z = normal_points(1000, density.dim, like=guide._modules["transport"].loc, seed=1)
     summary = summarize_weights(_log_weights(density, guide, z))
     before = result.prefit
     if before is None or density.stochastic:
         return summary
-    elbo = before.rate(lambda u: density(u.to(z)).double()).elbo  # as rated by the model itself, untempered
+    elbo = before.rate(
+        lambda u: density(u.to(z)).double()
+    ).elbo  # as rated by the model itself, untempered
     if math.isfinite(elbo):
         error = summary.elbo_error if math.isfinite(summary.elbo_error) else 0.0
         margin = 10.0 if iwae else 0.1  # the bound of many particles may cost some ELBO
@@ -292,11 +330,21 @@ def _assess(density: LatentDensity, guide: AutoFlow, result: FitResult, iwae: bo
     return summary
 
 
-def _shares(log_weights: Tensor, iwae: bool) -> Tensor:
-    """Weight of each particle in the gradient: equal, or the squared normalized weights of the bound of all."""
+def _standard_normal(z: Tensor) -> Tensor:
+    """Log-density of independent standard normals; ``(*batch, D)`` to ``(*batch)``."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+
+
+def _shares(log_weights: Tensor, iwae: bool, along_path: bool) -> Tensor:
+    """Weight of each particle in the gradient: equal, or by the normalized weights of the bound of
+    all particles.
+
+    Along the path these are squared (Tucker et al. 2019, eq. 8).
+    """
     if not iwae:
         return torch.full_like(log_weights, 1 / len(log_weights))
-    return torch.softmax(log_weights.nan_to_num(-math.inf, posinf=-math.inf), 0).square()
+    w = torch.softmax(log_weights.nan_to_num(-math.inf, posinf=-math.inf), 0)
+    return w.square() if along_path else w
 
 
 def _leaves(
@@ -304,10 +352,16 @@ def _leaves(
 ) -> tuple[list[Tensor], list[float], torch.optim.Optimizer]:
     """Leaves, rates and Adam for the parts of ``packed``: the flow's own parameters at their own rate, and the affine map."""
     cut = len(transport.parts)
-    leaves = [part.detach().clone().requires_grad_() for part in packed.split([cut, len(packed) - cut])]
+    leaves = [
+        part.detach().clone().requires_grad_() for part in packed.split([cut, len(packed) - cut])
+    ]
     leaves += others
     rates = [lr / transport.flow_rate] + [lr] * (len(leaves) - 1)
-    return leaves, rates, torch.optim.Adam([{"params": [p]} for p in leaves], betas=(0.9, 0.99), fused=True)
+    return (
+        leaves,
+        rates,
+        torch.optim.Adam([{"params": [p]} for p in leaves], betas=(0.9, 0.99), fused=True),
+    )
 
 
 def _train(
@@ -322,29 +376,41 @@ def _train(
     iwae: bool,
     temperature: float,
 ) -> None:
-    packed, transport, base = parameters[0], guide._modules["transport"], guide.get_base_dist()
+    packed, transport = parameters[0], guide._modules["transport"]
     points = _BasePoints(num_particles, density.dim, transport.loc)
     (theta, affine, *others), rates, optimizer = _leaves(transport, packed, lr, parameters[1:])
     leaves = [theta, affine, *others]
     clip = GradientClipper()
     most = (50_000 - result.num_gradients) // num_particles if num_steps is None else num_steps
-    schedule = Schedule(max(most, 1), window=60 if num_steps is None and temperature == 1.0 and not density.stochastic else 0)
+    schedule = Schedule(
+        max(most, 1),
+        window=60 if num_steps is None and temperature == 1.0 and not density.stochastic else 0,
+    )
+    # The path gradient costs an inverse pass and pays near the optimum: from the start for the
+    # default flow, which is pre-fitted and cheap to invert, late for others, never where the
+    # inverse takes a pass for each latent.
+    path_below = 0.0 if not transport.inverts_cheaply else 0.5 if guide._flow else math.inf
     for step in range(most):
         factor = schedule.factor(step)
         if factor == 0.0:
             break
         z = points.draw()
         vector = torch.cat([theta, affine])
-        v, _ = transport.from_base(vector, z)
+        v, log_det = transport.from_base(vector, z)
         v_leaf = v.detach().requires_grad_()
-        z_back, log_det = transport.to_base(vector.detach(), v_leaf)
+        along_path = factor < path_below or (iwae and path_below > 0)
+        if along_path:
+            z_back, log_det_back = transport.to_base(vector.detach(), v_leaf)
+            log_q = _standard_normal(z_back) + log_det_back
+        else:
+            log_q = _standard_normal(z) - log_det.detach()
         log_p = density(transport.loc + transport.spread(v_leaf))
         if step < schedule.decay_from and temperature != 1.0:
             log_p = log_p / temperature ** (1 - step / schedule.decay_from)
-        log_weight = log_p - base.log_prob(z_back) - log_det
+        log_weight = log_p - log_q
         optimizer.zero_grad()
         lw = log_weight.detach()
-        share = _shares(lw, iwae)
+        share = _shares(lw, iwae, along_path)
         log_weight.backward(torch.where(lw.isfinite(), share, 0.0))
         ok = lw.isfinite() & v_leaf.grad.isfinite().all(-1)
         count = int(ok.sum())
@@ -352,7 +418,13 @@ def _train(
         bound = lw[ok].logsumexp(0) - math.log(num_particles) if iwae else lw[ok].mean()
         result.losses.append(-(bound + transport.log_det_scale).item() if count else math.nan)
         if count:
-            v.backward(torch.where(ok[:, None], -v_leaf.grad * (1.0 if iwae else num_particles / count), 0.0))
+            kept = 1.0 if iwae else num_particles / count
+            pull = torch.where(ok[:, None], -kept * v_leaf.grad, 0.0)
+            if along_path:
+                v.backward(pull)
+            else:
+                entropy = torch.where(ok, -kept * share, 0.0)
+                torch.autograd.backward([v, log_det], [pull, entropy])
             for p in others:
                 if p.grad is not None:
                     p.grad.neg_()
@@ -380,15 +452,17 @@ def fit_guide_to_draws(
     seed: int | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Fit a guide to given posterior draws by the forward divergence, :math:`\max_\theta \sum_n w_n \log q_\theta(z_n)`.
+    r"""Fit a guide to given posterior draws by the forward divergence, :math:`\max_\theta \sum_n
+    w_n \log q_\theta(z_n)`.
 
-    Unlike the ELBO it covers every mode that has draws. The flow starts from their mean and covariance, and the state
-    that is best on held-out draws is kept. The model is run only to learn its shapes. Cost: one inverse pass of the flow
-    per step.
+    Unlike the ELBO it covers every mode that has draws. The flow starts from their mean and
+    covariance, and the state that is best on held-out draws is kept. The model is run only to
+    learn its shapes. Cost: one inverse pass of the flow per step.
 
     Args:
         guide: The guide.
-        draws: Constrained values ``(N, *site)`` for each site, or unconstrained vectors ``(N, D)``.
+        draws: Constrained values ``(N, *site)`` for each site, or unconstrained vectors ``(N,
+            D)``.
         *args: Arguments of the model.
         weights: Weight of each draw, shape ``(N,)``; equal if None.
         num_steps: Steps.
@@ -408,24 +482,36 @@ def fit_guide_to_draws(
     with _seeded(seed):
         guide.setup(*args, **kwargs)
         transport, packed = guide._modules["transport"], guide._parameters["packed"]
-        u = draws if isinstance(draws, Tensor) else guide.density(*args, **kwargs).unconstrain(draws)
+        u = (
+            draws
+            if isinstance(draws, Tensor)
+            else guide.density(*args, **kwargs).unconstrain(draws)
+        )
         u = u.detach().to(transport.loc).reshape(-1, guide.latent_dim)
         if len(u) <= guide.latent_dim + 1 or not u.isfinite().all():
-            raise ValueError(f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; got {len(u)}")
+            raise ValueError(
+                f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; got {len(u)}"
+            )
         w = torch.ones(len(u)) if weights is None else weights.detach().reshape(-1)
         w = w.to(u) / w.sum().to(u)
         mean = w @ u
         centred = (u - mean).double()
         cov = centred.T @ (w.double()[:, None] * centred)
-        factor = torch.linalg.cholesky(cov + 1e-12 * cov.diagonal().mean() * torch.eye(len(mean)).to(cov))
+        factor = torch.linalg.cholesky(
+            cov + 1e-12 * cov.diagonal().mean() * torch.eye(len(mean)).to(cov)
+        )
         result.prefit = Gaussian(mean.double(), factor, method="moments of the draws")
         guide.place(result.prefit)
-        v = torch.linalg.solve_triangular(factor.to(u), (u - mean).T, upper=False).T if transport.full_rank else (u - mean) / transport.scale
-        base, constant = guide.get_base_dist(), transport.log_det_scale
+        v = (
+            torch.linalg.solve_triangular(factor.to(u), (u - mean).T, upper=False).T
+            if transport.full_rank
+            else (u - mean) / transport.scale
+        )
+        constant = transport.log_det_scale
 
         def loss_of(vector: Tensor, index: Tensor) -> Tensor:
             z, log_det = transport.to_base(vector, v[index])
-            return -(w[index] * (base.log_prob(z) + log_det - constant)).sum() / w[index].sum()
+            return -(w[index] * (_standard_normal(z) + log_det - constant)).sum() / w[index].sum()
 
         order = torch.randperm(len(u), device=u.device)
         kept = int(held_out * len(u))
@@ -434,7 +520,9 @@ def fit_guide_to_draws(
         schedule, clip = Schedule(num_steps, window=0), GradientClipper()
         best, best_loss = packed.detach().clone(), math.inf
         for step in range(num_steps):
-            index = train[torch.randint(len(train), (min(batch_size, len(train)),), device=u.device)]
+            index = train[
+                torch.randint(len(train), (min(batch_size, len(train)),), device=u.device)
+            ]
             loss = loss_of(torch.cat(leaves), index)
             optimizer.zero_grad()
             loss.backward()

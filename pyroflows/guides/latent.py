@@ -2,8 +2,9 @@ r"""A Pyro model as a log-density on one flat, unconstrained vector.
 
 .. math:: \log p(u) = \log p\big(x,\, T(u)\big) + \log|\det T'(u)|
 
-Here :math:`T` maps the concatenated unconstrained latents to the supports of their sites. Each support is read while
-the model runs, so a support may depend on earlier sites, and flat priors (``ImproperUniform``) need no sampler.
+Here :math:`T` maps the concatenated unconstrained latents to the supports of their sites. Each
+support is read while the model runs, so a support may depend on earlier sites, and flat priors
+(``ImproperUniform``) need no sampler.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class LatentSite:
     def unpack(self, u: Tensor, nesting: int) -> Tensor:
         """The site's part of ``u``, ``(*batch, D)``, with the batch to the left of ``nesting`` plate dimensions."""
         padding = (1,) * (nesting - len(self.shape) + self.event_dim) if u.dim() > 1 else ()
-        return u[..., self.start : self.start + self.size].reshape(u.shape[:-1] + padding + self.shape)
+        return u[..., self.start : self.start + self.size].reshape(
+            u.shape[:-1] + padding + self.shape
+        )
 
 
 class _Evaluation(Messenger):
@@ -83,7 +86,9 @@ class _Evaluation(Messenger):
         observed: Log-density of each observed site, not summed, kept if ``record``.
     """
 
-    def __init__(self, unconstrained: dict[str, Tensor], nesting: int, record: bool = False) -> None:
+    def __init__(
+        self, unconstrained: dict[str, Tensor], nesting: int, record: bool = False
+    ) -> None:
         super().__init__()
         self.unconstrained, self.nesting, self.record = unconstrained, nesting, record
         self.total: Tensor | float = 0.0
@@ -119,10 +124,12 @@ class _Evaluation(Messenger):
 
 
 class LatentDensity:
-    """The model's log-density over its latents as one flat unconstrained vector ``u``, ``(*batch, D)``.
+    """The model's log-density over its latents as one flat unconstrained vector ``u``, ``(*batch,
+    D)``.
 
-    Cost: one run of the model per call, whatever the batch. The model runs with the batch as an extra dimension to the
-    left of its plates; a model that cannot (checked at the first batch against single runs) goes through
+    Cost: one run of the model per call, whatever the batch. The model runs with the batch as an
+    extra dimension to the left of its plates; a model that cannot (checked at the first batch
+    against single runs) goes through
     :func:`torch.vmap`, or failing that one point at a time, with a warning.
 
     Args:
@@ -155,7 +162,9 @@ class LatentDensity:
         with torch.no_grad(), poutine.block():
             trace = poutine.trace(init(model)).get_trace(*self.args, **self.kwargs)
         self.nesting = plate_nesting(trace)
-        frames = [f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]]
+        frames = [
+            f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]
+        ]
         self.stochastic = any(f.full_size is not None and f.full_size != f.size for f in frames)
         self.sites: list[LatentSite] = []
         parts = []
@@ -187,13 +196,17 @@ class LatentDensity:
 
     def evaluate(self, u: Tensor, *, record: bool = False) -> _Evaluation:
         """Run the model once at ``u``, ``(D,)`` or ``(S, D)``, and return everything that was seen."""
-        run = _Evaluation({s.name: s.unpack(u, self.nesting) for s in self.sites}, self.nesting, record)
+        run = _Evaluation(
+            {s.name: s.unpack(u, self.nesting) for s in self.sites}, self.nesting, record
+        )
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), run:
             self.model(*self.args, **self.kwargs)
         return run
 
     def _native(self, u: Tensor) -> Tensor:
-        return torch.as_tensor(self.evaluate(u).total, dtype=u.dtype, device=u.device).expand(u.shape[:-1])
+        return torch.as_tensor(self.evaluate(u).total, dtype=u.dtype, device=u.device).expand(
+            u.shape[:-1]
+        )
 
     def _one_by_one(self, u: Tensor) -> Tensor:
         return torch.stack([self._native(point) for point in u])
@@ -220,13 +233,18 @@ class LatentDensity:
                 if torch.allclose(actual, expected, rtol=tol, atol=tol, equal_nan=True):
                     return way
         torch.set_rng_state(state)
-        warnings.warn("the model cannot be run on a batch of latents: evaluating one particle at a time", stacklevel=3)
+        warnings.warn(
+            "the model cannot be run on a batch of latents: evaluating one particle at a time",
+            stacklevel=3,
+        )
         return self._one_by_one
 
     def __call__(self, u: Tensor) -> Tensor:
         """Log-density at ``u``; ``(*batch, D)`` to ``(*batch)``."""
         if u.shape[-1] != self.dim:
-            raise ValueError(f"expected a latent vector of shape (..., {self.dim}); got {tuple(u.shape)}")
+            raise ValueError(
+                f"expected a latent vector of shape (..., {self.dim}); got {tuple(u.shape)}"
+            )
         if u.dim() == 1:
             return self._or_nan(u)
         flat = u.reshape(-1, self.dim)
@@ -255,7 +273,9 @@ class LatentDensity:
             self.model(*self.args, **self.kwargs)
         first = self.sites[0]
         batch = values[first.name].shape[: values[first.name].dim() - len(first.value_shape)]
-        return torch.cat([run.unconstrained[s.name].reshape(batch + (-1,)) for s in self.sites], -1)
+        return torch.cat(
+            [run.unconstrained[s.name].reshape(batch + (-1,)) for s in self.sites], -1
+        )
 
     def _padded(self, site: LatentSite, value: Tensor) -> Tensor:
         batch = value.shape[: value.dim() - len(site.value_shape)]

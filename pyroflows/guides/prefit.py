@@ -1,7 +1,9 @@
-r"""Gaussian fits that place a flow before it trains: location and full covariance from a few thousand gradients.
+r"""Gaussian fits that place a flow before it trains: location and full covariance from a few
+thousand gradients.
 
-Three candidates, each of which fails somewhere, and the ELBO to choose among them: batch-and-match from the initial
-point, BFGS with a Laplace approximation from several starts, and batch-and-match from the best of those.
+Three candidates, each of which fails somewhere, and the ELBO to choose among them: batch-and-match
+from the initial point, BFGS with a Laplace approximation from several starts, and batch-and-match
+from the best of those.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ __all__ = ["Gaussian", "batch_and_match", "laplace", "prefit"]
 
 def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
     """Standard normal points ``(num, dim)`` from a scrambled Sobol sequence; global random state untouched."""
-    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(num, dtype=torch.float64)
+    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(
+        num, dtype=torch.float64
+    )
     eps = torch.finfo(torch.float64).eps
     return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).to(like)
 
@@ -35,7 +39,9 @@ class Gaussian:
     def rate(self, log_density: Callable[[Tensor], Tensor], num: int = 256) -> Gaussian:
         """Set ``elbo``, from ``num`` quasi-random points; -inf if any density is not finite."""
         z = normal_points(num, len(self.loc), like=self.loc)
-        entropy = self.scale_tril.diagonal().log().sum() + 0.5 * len(self.loc) * math.log(2 * math.pi * math.e)
+        entropy = self.scale_tril.diagonal().log().sum() + 0.5 * len(self.loc) * math.log(
+            2 * math.pi * math.e
+        )
         elbo = (log_density(self.loc + z @ self.scale_tril.T).mean() + entropy).item()
         self.elbo = elbo if math.isfinite(elbo) else -math.inf
         return self
@@ -63,12 +69,17 @@ class Target:
 
 
 def batch_and_match(
-    target: Target, start: Gaussian, *, num_steps: int = 60, batch_size: int = 32, tol: float = 1e-3
+    target: Target,
+    start: Gaussian,
+    *,
+    num_steps: int = 60,
+    batch_size: int = 32,
+    tol: float = 1e-3,
 ) -> Gaussian:
     r"""Match the scores of a Gaussian to the target's by proximal steps.
 
-    With z_b drawn from the current Gaussian, g_b the target's score there, bars and :math:`C, \Gamma` their means and
-    covariances, and learning rate :math:`\lambda = BD/(t+1)`,
+    With z_b drawn from the current Gaussian, g_b the target's score there, bars and :math:`C,
+    \Gamma` their means and covariances, and learning rate :math:`\lambda = BD/(t+1)`,
 
     .. math::
         U = \lambda\Gamma + \tfrac{\lambda}{1+\lambda}\,\bar g\bar g^\top, \quad
@@ -79,13 +90,14 @@ def batch_and_match(
     Args:
         target: The log-density.
         start: Where to begin.
-        num_steps: Largest number of steps; it stops when a step moves the Gaussian by less than ``tol`` nats.
+        num_steps: Largest number of steps; it stops when a step moves the Gaussian by less than
+            ``tol`` nats.
         batch_size: Points per step.
         tol: Smallest Kullback-Leibler divergence between successive Gaussians worth going on for.
 
     References:
-        Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul (2024), Batch and match: black-box variational
-        inference with a score-based divergence, algorithm 1. arXiv:2402.14758
+        Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul (2024), Batch and match: black-box
+        variational inference with a score-based divergence, algorithm 1. arXiv:2402.14758
     """
     mu, L = start.loc.double(), start.scale_tril.double()
     D = len(mu)
@@ -99,16 +111,23 @@ def batch_and_match(
         z, g = z[ok], g[ok]
         rate = len(z) * D / (t + 1)
         z_bar, g_bar = z.mean(0), g.mean(0)
-        # In coordinates where the current Gaussian is standard: V = L (...) L^T, so that ill-conditioned targets are safe.
+        # In coordinates where the current Gaussian is standard: V = L (...) L^T, so that
+        # ill-conditioned targets are safe.
         white = torch.linalg.solve_triangular(L, (z - mu).T, upper=False).T
         w_bar, h = white.mean(0), g @ L
         h_bar = h.mean(0)
         shrink = rate / (1 + rate)
         U = rate * torch.cov(h.T, correction=0).reshape(D, D) + shrink * torch.outer(h_bar, h_bar)
-        V = torch.eye(D).to(mu) + rate * torch.cov(white.T, correction=0).reshape(D, D) + shrink * torch.outer(w_bar, w_bar)
+        V = (
+            torch.eye(D).to(mu)
+            + rate * torch.cov(white.T, correction=0).reshape(D, D)
+            + shrink * torch.outer(w_bar, w_bar)
+        )
         root = torch.linalg.cholesky(V)
         values, Q = torch.linalg.eigh(root.T @ U @ root)
-        factor = root @ Q * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt())).sqrt()  # factor factor^T = Sigma'
+        factor = (
+            root @ Q * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt())).sqrt()
+        )  # factor factor^T = Sigma'
         new = torch.linalg.qr(factor.T).R.T
         new = new * new.diagonal().sign()
         shift = shrink * (new @ (new.T @ h_bar) + w_bar)
@@ -121,7 +140,9 @@ def batch_and_match(
     return Gaussian(mu, L, method="batch-and-match")
 
 
-def _bfgs(target: Target, u: Tensor, *, num_steps: int = 100, tol: float = 1e-3) -> tuple[Tensor, Tensor]:
+def _bfgs(
+    target: Target, u: Tensor, *, num_steps: int = 100, tol: float = 1e-3
+) -> tuple[Tensor, Tensor]:
     """Climb from every row of ``u`` at once by BFGS: points ``(K, D)`` and log-densities ``(K,)``."""
     K, D = u.shape
     eye = torch.eye(D).to(u)
@@ -150,7 +171,9 @@ def _bfgs(target: Target, u: Tensor, *, num_steps: int = 100, tol: float = 1e-3)
         moved = moved & new_g.isfinite().all(-1) & new_log_p.isfinite()
         update = moved & (sy > 1e-10 * s.norm(dim=-1) * y.norm(dim=-1))
         safe = torch.where(update, sy, torch.ones_like(sy))
-        scaled = torch.where(first & update, safe / y.square().sum(-1).clamp(min=1e-300), torch.ones_like(sy))
+        scaled = torch.where(
+            first & update, safe / y.square().sum(-1).clamp(min=1e-300), torch.ones_like(sy)
+        )
         H0 = torch.where((first & update)[:, None, None], eye * scaled[:, None, None], H)
         A = eye - s[..., :, None] * y[..., None, :] / safe[:, None, None]
         new_H = A @ H0 @ A.mT + s[..., :, None] * s[..., None, :] / safe[:, None, None]
@@ -161,12 +184,15 @@ def _bfgs(target: Target, u: Tensor, *, num_steps: int = 100, tol: float = 1e-3)
         log_p = torch.where(moved, new_log_p, log_p)
         # A start whose line search failed begins afresh along the gradient.
         stuck = ~good
-        H = torch.where(stuck[:, None, None], eye / g.norm(dim=-1).clamp(min=1.0)[:, None, None], H)
+        H = torch.where(
+            stuck[:, None, None], eye / g.norm(dim=-1).clamp(min=1.0)[:, None, None], H
+        )
     return u, log_p
 
 
 def _curvature(target: Target, u: Tensor) -> Tensor:
-    """Minus the Hessian of the log-density at ``u``, ``(D,)``: exact where autograd can, else by central differences.
+    """Minus the Hessian of the log-density at ``u``, ``(D,)``: exact where autograd can, else by
+    central differences.
 
     Cost: 2 D gradients, in one batch.
     """
@@ -193,7 +219,9 @@ def _eigh_scaled(curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d, values, Q
 
 
-def _newton(target: Target, u: Tensor, *, num_steps: int = 20, tol: float = 1e-4) -> tuple[Tensor, Tensor]:
+def _newton(
+    target: Target, u: Tensor, *, num_steps: int = 20, tol: float = 1e-4
+) -> tuple[Tensor, Tensor]:
     """Saddle-free Newton ascent from ``u``, ``(D,)``: the mode and the curvature there."""
     sizes = torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01, 1e-3, 0.0]).to(u)
     curvature = _curvature(target, u)
@@ -214,7 +242,8 @@ def _newton(target: Target, u: Tensor, *, num_steps: int = 20, tol: float = 1e-4
 def laplace(target: Target, start: Tensor) -> Gaussian:
     """The Gaussian of the curvature at the mode that Newton's method finds from ``start``.
 
-    A direction without curvature, relative to the others, gets a standard deviation of 10 of its Jacobi-scaled units.
+    A direction without curvature, relative to the others, gets a standard deviation of 10 of its
+    Jacobi-scaled units.
     """
     mode, curvature = _newton(target, start)
     if not curvature.isfinite().all():

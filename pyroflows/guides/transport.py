@@ -1,7 +1,9 @@
-r"""The map of a flow guide, :math:`u = \mu + W (b + A f(z))`, with every trainable number in one vector.
+r"""The map of a flow guide, :math:`u = \mu + W (b + A f(z))`, with every trainable number in one
+vector.
 
-Pyro pays for each parameter tensor at each step (a message, an entry of the store, an optimizer group), so a flow of
-thirty small tensors spends more on bookkeeping than on arithmetic. Here they are parts of one tensor.
+Pyro pays for each parameter tensor at each step (a message, an entry of the store, an optimizer
+group), so a flow of thirty small tensors spends more on bookkeeping than on arithmetic. Here they
+are parts of one tensor.
 """
 
 from __future__ import annotations
@@ -53,10 +55,12 @@ class Chain:
 
 
 def who_moves(num_features: int, num_layers: int) -> Tensor:
-    """Masks ``(num_layers, num_features)`` under which every feature acts directly on every other, if there is room.
+    """Masks ``(num_layers, num_features)`` under which every feature acts directly on every other,
+    if there is room.
 
-    Each feature moves in half of the layers, no two in the same ones, so that for any pair some layer moves the one and
-    keeps the other (an antichain; Sperner 1928). Complements come in pairs, so that each layer moves about half.
+    Each feature moves in half of the layers, no two in the same ones, so that for any pair some
+    layer moves the one and keeps the other (an antichain; Sperner 1928). Complements come in
+    pairs, so that each layer moves about half.
     """
     layers = range(num_layers)
     codes = [set(c) for c in combinations(layers, num_layers // 2)]
@@ -69,11 +73,14 @@ def who_moves(num_features: int, num_layers: int) -> Tensor:
     return torch.tensor([[layer in code for code in chosen] for layer in layers])
 
 
-def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins: int = 5) -> Bijection:
-    """The default flow of a guide: couplings by a spline and an affine map, the identity at the start.
+def posterior_flow(
+    latent_dim: int, *, num_layers: int | None = None, count_bins: int = 5
+) -> Bijection:
+    """The default flow of a guide: couplings by a spline and an affine map, the identity at the
+    start.
 
-    Every latent acts directly on every other in some layer, up to 70 latents. One network call per layer in either
-    direction.
+    Every latent acts directly on every other in some layer, up to 70 latents. One network call per
+    layer in either direction.
 
     Args:
         latent_dim: Number of latents.
@@ -89,7 +96,13 @@ def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins
     layers = []
     for mask in who_moves(latent_dim, num_layers):
         moved = int(mask.sum())
-        net = Dense(latent_dim - moved, scalar.num_params, moved, hidden_dims=[width, width], activation=nn.SiLU)
+        net = Dense(
+            latent_dim - moved,
+            scalar.num_params,
+            moved,
+            hidden_dims=[width, width],
+            activation=nn.SiLU,
+        )
         layers.append(Coupling(scalar, net, mask))
     return Compose(layers)
 
@@ -97,11 +110,12 @@ def posterior_flow(latent_dim: int, *, num_layers: int | None = None, count_bins
 class PackedParameters:
     """The trainable parameters of a module as parts of one vector.
 
-    The module keeps its buffers and its code, but gives its parameters away; :meth:`lend` puts the parts of a vector in
-    their places for as long as the module is evaluated.
+    The module keeps its buffers and its code, but gives its parameters away; :meth:`lend` puts the
+    parts of a vector in their places for as long as the module is evaluated.
 
     Args:
-        module: The module; its floating-point parameters that require gradients are taken out of it.
+        module: The module; its floating-point parameters that require gradients are taken out of
+            it.
 
     Attributes:
         initial: The parameters at the time, as one vector; shape ``(P,)``.
@@ -116,7 +130,9 @@ class PackedParameters:
                     continue
                 if id(p) not in owners:
                     found.append(p)
-                owners.setdefault(id(p), []).append((inner, name))  # tied weights have several owners
+                owners.setdefault(id(p), []).append(
+                    (inner, name)
+                )  # tied weights have several owners
                 del inner._parameters[name]
         self.slots = [owners[id(p)] for p in found]
         self.shapes = [tuple(p.shape) for p in found]
@@ -130,7 +146,9 @@ class PackedParameters:
     @contextmanager
     def lend(self, vector: Tensor) -> Iterator[None]:
         """Put the parts of ``vector``, ``(P,)``, where the parameters were."""
-        for part, shape, owners in zip(vector.split(self.sizes), self.shapes, self.slots, strict=True):
+        for part, shape, owners in zip(
+            vector.split(self.sizes), self.shapes, self.slots, strict=True
+        ):
             for inner, name in owners:
                 inner.__dict__[name] = part.view(shape)
         try:
@@ -144,8 +162,9 @@ class PackedParameters:
 class Transport(Bijection):
     r"""From the base distribution to the latents: :math:`u = \mu + W v`, :math:`v = b + A f(z)`.
 
-    :math:`\mu, W` are buffers that a pre-fit sets and nothing trains: in the coordinates v the posterior is near standard
-    normal. A is lower triangular with positive diagonal (diagonal for many latents), :math:`f` any flow.
+    :math:`\mu, W` are buffers that a pre-fit sets and nothing trains: in the coordinates v the
+    posterior is near standard normal. A is lower triangular with positive diagonal (diagonal for
+    many latents), :math:`f` any flow.
 
     Args:
         flow: The flow f; its parameters move into one vector.
@@ -154,16 +173,21 @@ class Transport(Bijection):
         full_rank: Whether W and A are triangular matrices, or diagonal.
 
     Attributes:
-        initial: Initial value of the trainable vector: the flow's parameters divided by ``flow_rate``, b, log diag A,
-            the rest of A. A rate good for b is far too large for weights, many of which move one output.
+        initial: Initial value of the trainable vector: the flow's parameters divided by
+            ``flow_rate``, b, log diag A, the rest of A. A rate good for b is far too large for
+            weights, many of which move one output.
     """
 
-    flow_rate = 0.03  #: what an optimizer's step in the vector is worth in the flow's own parameters
+    flow_rate = (
+        0.03  #: what an optimizer's step in the vector is worth in the flow's own parameters
+    )
 
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, flow: Bijection, loc: Tensor, *, init_scale: float = 1.0, full_rank: bool = True) -> None:
+    def __init__(
+        self, flow: Bijection, loc: Tensor, *, init_scale: float = 1.0, full_rank: bool = True
+    ) -> None:
         D = len(loc)
         super().__init__((D,))
         self.flow = flow.to(loc)
@@ -171,17 +195,43 @@ class Transport(Bijection):
         self.full_rank = full_rank
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", torch.eye(D).to(loc) if full_rank else torch.ones_like(loc))
-        rows, cols = torch.tril_indices(D, D, -1) if full_rank else torch.zeros(2, 0, dtype=torch.long)
+        rows, cols = (
+            torch.tril_indices(D, D, -1) if full_rank else torch.zeros(2, 0, dtype=torch.long)
+        )
         self.register_buffer("below", (rows * D + cols).to(loc.device), persistent=False)
         zeros, log_diag = torch.zeros_like(loc), torch.full_like(loc, math.log(init_scale))
         self.initial = torch.cat(
-            [self.parts.initial.to(loc) / self.flow_rate, zeros, log_diag, loc.new_zeros(len(rows))]
+            [
+                self.parts.initial.to(loc) / self.flow_rate,
+                zeros,
+                log_diag,
+                loc.new_zeros(len(rows)),
+            ]
         )
 
     def whiten(self, loc: Tensor, scale: Tensor) -> None:
         """Set the buffers to a Gaussian; ``scale`` is ``(D, D)`` lower triangular, or ``(D,)``."""
         self.loc.copy_(loc)
-        self.scale.copy_(scale if scale.dim() == self.scale.dim() else scale.norm(dim=-1) if scale.dim() == 2 else scale.diag())
+        self.scale.copy_(
+            scale
+            if scale.dim() == self.scale.dim()
+            else scale.norm(dim=-1)
+            if scale.dim() == 2
+            else scale.diag()
+        )
+
+    @property
+    def inverts_cheaply(self) -> bool:
+        """Whether the inverse of the flow costs about as much as the flow: couplings and the like."""
+        kinds = {type(inner).__name__ for inner in self.flow.modules()}
+        return not kinds & {
+            "Autoregressive",
+            "_Wrapped",
+            "Residual",
+            "Planar",
+            "Radial",
+            "Sylvester",
+        }
 
     @property
     def log_det_scale(self) -> Tensor:
@@ -199,7 +249,9 @@ class Transport(Bijection):
 
     def _triangle(self, log_diag: Tensor, rest: Tensor) -> Tensor:
         D = len(self.loc)
-        return log_diag.exp().diag() + rest.new_zeros(D * D).index_copy(0, self.below, rest).view(D, D)
+        return log_diag.exp().diag() + rest.new_zeros(D * D).index_copy(0, self.below, rest).view(
+            D, D
+        )
 
     def from_base(self, vector: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """v and log|det dv/dz| at parameters ``vector``; ``(*batch, D)`` to the same and ``(*batch)``."""
@@ -214,7 +266,9 @@ class Transport(Bijection):
         theta, b, log_diag, rest = self._split(vector)
         v = v - b
         if self.full_rank:
-            v = torch.linalg.solve_triangular(self._triangle(log_diag, rest), v.reshape(-1, len(b)).T, upper=False).T.reshape(v.shape)
+            v = torch.linalg.solve_triangular(
+                self._triangle(log_diag, rest), v.reshape(-1, len(b)).T, upper=False
+            ).T.reshape(v.shape)
         else:
             v = v * (-log_diag).exp()
         with self.parts.lend(theta):
@@ -226,6 +280,11 @@ class Transport(Bijection):
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view.__dict__.update(_entry=None, _inverse_ref=None, _parameters={"vector": vector})
+        # the flow as a plain attribute: nothing in it changes, so no call need look through its
+        # buffers
+        view.__dict__.update(
+            _modules={}, flow=self._modules.get("flow", self.__dict__.get("flow"))
+        )
         return view
 
     def _vector(self) -> Tensor:
@@ -241,7 +300,9 @@ class Transport(Bijection):
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         v = y - self.loc
         if self.full_rank:
-            v = torch.linalg.solve_triangular(self.scale, v.reshape(-1, len(self.loc)).T, upper=False).T.reshape(v.shape)
+            v = torch.linalg.solve_triangular(
+                self.scale, v.reshape(-1, len(self.loc)).T, upper=False
+            ).T.reshape(v.shape)
         else:
             v = v / self.scale
         z, log_det = self.to_base(self._vector(), v)

@@ -28,10 +28,12 @@ def _fit_generalized_pareto(x: Tensor) -> tuple[float, float]:
 def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     """Pareto-smoothed log-weights, shape ``(S,)``, normalized to sum to one, and k-hat.
 
-    Equal weights have k = -inf; a weight that is not finite counts as 0, or gives k = inf if it is +inf or NaN.
+    Equal weights have k = -inf; a weight that is not finite counts as 0, or gives k = inf if it is
+    +inf or NaN.
 
     References:
-        Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling. arXiv:1507.02646
+        Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling.
+        arXiv:1507.02646
     """
     lw = log_weights.detach().double().flatten()
     if lw.isnan().any() or (lw == math.inf).any() or not lw.isfinite().any():
@@ -53,7 +55,11 @@ def smooth_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     n = len(top)
     k = (n * k + 10 * 0.5) / (n + 10)  # weak prior towards 0.5
     p = (torch.arange(n).to(lw) + 0.5) / n
-    quantiles = scale * torch.expm1(-k * torch.log1p(-p)) / k if abs(k) > 1e-12 else -scale * torch.log1p(-p)
+    quantiles = (
+        scale * torch.expm1(-k * torch.log1p(-p)) / k
+        if abs(k) > 1e-12
+        else -scale * torch.log1p(-p)
+    )
     smoothed = lw.clone()
     smoothed[top] = (quantiles + cut.exp()).log().clamp(max=0.0)
     return smoothed - torch.logsumexp(smoothed, 0), k
@@ -73,7 +79,8 @@ class WeightSummary:
         elbo_error: Its standard error.
         log_evidence: The importance-sampling estimate of the log-evidence.
         effective_sample_size: As a fraction of the draws; 1 is exact.
-        log_weight_sd: Standard deviation of the log-weights, robust: half the distance of the 16% and 84% quantiles.
+        log_weight_sd: Standard deviation of the log-weights, robust: half the distance of the 16%
+            and 84% quantiles.
         pareto_k: Tail shape; see :func:`pareto_k`.
         num_dropped: Draws whose weight was not finite.
         num_draws: Number of draws.
@@ -94,13 +101,17 @@ def summarize_weights(log_weights: Tensor) -> WeightSummary:
     lw = log_weights.detach().double()
     finite = lw[lw.isfinite()]
     if len(finite) < 2:
-        return WeightSummary(math.nan, math.nan, math.nan, 0.0, math.nan, math.inf, len(lw) - len(finite), len(lw))
+        return WeightSummary(
+            math.nan, math.nan, math.nan, 0.0, math.nan, math.inf, len(lw) - len(finite), len(lw)
+        )
     low, high = torch.quantile(finite, torch.tensor([0.16, 0.84]).to(finite)).tolist()
     return WeightSummary(
         elbo=finite.mean().item(),
         elbo_error=(finite.std() / len(finite) ** 0.5).item(),
         log_evidence=(torch.logsumexp(finite, 0) - math.log(len(lw))).item(),
-        effective_sample_size=(torch.softmax(finite, 0).square().sum().reciprocal() / len(lw)).item(),
+        effective_sample_size=(
+            torch.softmax(finite, 0).square().sum().reciprocal() / len(lw)
+        ).item(),
         log_weight_sd=(high - low) / 2,
         pareto_k=pareto_k(lw),
         num_dropped=len(lw) - len(finite),

@@ -1,0 +1,148 @@
+"""Markov chains in the coordinates of a fitted flow: exact draws where a guide alone is only near."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.guides.autoflow import AutoFlow
+
+__all__ = ["FlowChains", "flow_mcmc", "split_rhat"]
+
+
+@dataclass
+class FlowChains:
+    """Draws of :func:`flow_mcmc`.
+
+    Attributes:
+        samples: For each site ``(num_chains, num_samples, *site)``.
+        independence_rate: Share of accepted independence proposals.
+        hmc_rate: Share of accepted Hamiltonian proposals.
+        step_size: Step of the Hamiltonian moves after warm-up, in units of the flow's noise.
+        rhat: Largest split R-hat over the unconstrained latents; below 1.01 the chains agree.
+    """
+
+    samples: dict[str, Tensor]
+    independence_rate: float
+    hmc_rate: float
+    step_size: float
+    rhat: float
+
+
+def split_rhat(draws: Tensor) -> Tensor:
+    """Split R-hat of ``(chains, draws, *event)``, shape event; each chain is halved.
+
+    References:
+        Gelman et al. (2013), Bayesian Data Analysis, section 11.4.
+    """
+    half = draws.shape[1] // 2
+    x = torch.cat([draws[:, :half], draws[:, half : 2 * half]])
+    within = x.var(1).mean(0)
+    between = x.mean(1).var(0)
+    return (((half - 1) / half * within + between) / within).sqrt()
+
+
+def flow_mcmc(
+    model: Callable,
+    guide: AutoFlow,
+    *args: Any,
+    num_samples: int = 500,
+    num_chains: int = 16,
+    warmup_steps: int = 100,
+    num_leapfrog: int = 4,
+    target_rate: float = 0.8,
+    **kwargs: Any,
+) -> FlowChains:
+    r"""Sample the posterior in the noise of a fitted guide, where it is near standard normal.
+
+    With the flow u = T(z), the chains live in z, with density :math:`p(T(z))\,|\det T'(z)|`. Each
+    step is an independence proposal from the guide, which moves between modes and far into tails,
+    then a Hamiltonian one, which moves where the guide is wrong (Gabrié et al. 2022). All chains
+    are one batch.
+
+    Cost: per step 1 evaluation and ``num_leapfrog`` gradients of model and flow for all chains
+    together.
+
+    Args:
+        model: The model.
+        guide: The guide, fitted.
+        *args: Arguments of the model.
+        num_samples: Draws kept from each chain.
+        num_chains: Chains; they start from the guide's draws.
+        warmup_steps: Steps before, in which the step size adapts.
+        num_leapfrog: Leapfrog steps of a Hamiltonian proposal.
+        target_rate: Acceptance rate to which the step size adapts.
+        **kwargs: Keyword arguments of the model.
+
+    References:
+        Hoffman et al. (2019), NeuTra-lizing bad geometry in HMC using neural transport.
+        arXiv:1903.03704 Gabrié, Rotskoff, Vanden-Eijnden (2022), Adaptive Monte Carlo augmented
+        with normalizing flows. arXiv:2105.12603
+    """
+    guide.setup(*args, **kwargs)
+    density, transform = guide.density(*args, **kwargs), guide.get_transform()
+    base, D = guide.get_base_dist(), guide.latent_dim
+
+    def log_target(z: Tensor) -> Tensor:
+        u, log_det = transform.forward_and_log_det(z)
+        return (density(u) + log_det).nan_to_num(-math.inf, posinf=-math.inf)
+
+    def with_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            log_p = log_target(z)
+            (grad,) = torch.autograd.grad(log_p.sum(), z)
+        return log_p.detach(), grad.nan_to_num(0.0)
+
+    z = base.sample((num_chains,))
+    log_p, grad = with_gradient(z)
+    log_step = math.log(0.5 / D**0.25)
+    kept, jumps, moves = [], 0.0, 0.0
+    for step in range(warmup_steps + num_samples):
+        with torch.no_grad():
+            proposal = base.sample((num_chains,))
+            new = log_target(proposal)
+            log_ratio = new - log_p + base.log_prob(z) - base.log_prob(proposal)
+        jump = torch.rand_like(log_ratio).log() < log_ratio
+        z = torch.where(jump[:, None], proposal, z)
+        log_p, grad = with_gradient(z)
+
+        size = math.exp(log_step) * (
+            0.8 + 0.4 * torch.rand(()).item()
+        )  # jittered against resonance
+        q, momentum, g = z, torch.randn_like(z), grad
+        energy = log_p - 0.5 * momentum.square().sum(-1)
+        for _ in range(num_leapfrog):
+            momentum = momentum + 0.5 * size * g
+            q = q + size * momentum
+            new, g = with_gradient(q)
+            momentum = momentum + 0.5 * size * g
+        log_ratio = (new - 0.5 * momentum.square().sum(-1) - energy).nan_to_num(-math.inf)
+        move = torch.rand_like(log_ratio).log() < log_ratio
+        z = torch.where(move[:, None], q, z)
+        log_p = torch.where(move, new, log_p)
+        rate = log_ratio.exp().clamp(max=1.0).mean().item()
+        if step < warmup_steps:
+            log_step += (rate - target_rate) / (step + 1) ** 0.6
+        else:
+            kept.append(z)
+            jumps, moves = jumps + jump.float().mean().item(), moves + rate
+    draws = torch.stack(kept, 1)
+    with torch.no_grad():
+        u = transform(draws)
+        values = density.constrain(u.reshape(-1, D))
+    samples = {
+        name: v.reshape(num_chains, num_samples, *v.shape[1:]) for name, v in values.items()
+    }
+    return FlowChains(
+        samples,
+        jumps / num_samples,
+        moves / num_samples,
+        math.exp(log_step),
+        split_rhat(u).max().item(),
+    )
