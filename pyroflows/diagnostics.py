@@ -53,7 +53,10 @@ class Diagnosis:
     def verdict(self) -> str:
         """One sentence."""
         if self.ok:
-            return "The guide agrees with the posterior as far as its own draws and a search for other modes can tell."
+            return (
+                "The guide agrees with the posterior, as far as its own draws and a search for "
+                "other modes can tell."
+            )
         return "Do not trust this guide as it is: " + "; ".join(self.problems) + "."
 
     def __str__(self) -> str:
@@ -63,7 +66,8 @@ class Diagnosis:
             self.verdict,
             f"  ELBO {w.elbo:.3f} ± {w.elbo_error:.3f}   log-evidence {w.log_evidence:.3f}   "
             f"KL to the posterior about {self.divergence:.3f} nats",
-            f"  effective sample size {w.effective_sample_size:.1%}   log-weight sd {w.log_weight_sd:.3f}   "
+            f"  effective sample size {w.effective_sample_size:.1%}   "
+            f"log-weight sd {w.log_weight_sd:.3f}   "
             f"Pareto k {w.pareto_k:.2f}   ({w.num_draws} draws, {w.num_dropped} not finite)",
             "  largest shifts of means under weights (sd): "
             + ", ".join(f"{k} {v:.2f}" for k, v in shifts),
@@ -74,7 +78,7 @@ class Diagnosis:
 
 
 def _log_mean(log_weights: Tensor) -> tuple[float, float]:
-    """Log of the mean weight, and of the mean less two standard errors (-inf if that is not positive)."""
+    """Log of the mean weight, and of the mean less two standard errors (-inf if negative)."""
     top = log_weights.max()
     if not top.isfinite():
         return -math.inf, -math.inf
@@ -99,7 +103,7 @@ def _evidence_of(
 def _search(
     draws: GuideDraws, model: Callable, args: tuple, kwargs: dict[str, Any], num: int
 ) -> tuple[float, float]:
-    """Largest log-evidence, and its lower bound, from Gaussians found without the guide and from the guide's, widened."""
+    """Largest log-evidence and its lower bound, from Gaussians other than the guide."""
     density = LatentDensity(model, args, kwargs)
     like = density.init_loc
     u = density.unconstrain(draws.values).double()
@@ -167,7 +171,8 @@ def diagnose(
     if not divergence < 0.12:
         problems.append(f"it is about {divergence:.2f} nats from the posterior where it looks")
         advice.append(
-            "fit longer or with a larger flow (fit_guide with num_steps=); then reparameterize the model"
+            "fit longer or with a larger flow (fit_guide with num_steps=); then reparameterize "
+            "the model"
         )
     far = {name: s for name, s in shifts.items() if not s < 0.3}
     if far and (k < 0.7 or divergence > 0.05):
@@ -181,7 +186,8 @@ def diagnose(
         missed = -math.expm1(weights.log_evidence - wider)
         problems.append(f"it misses about {missed:.0%} of the posterior mass, found elsewhere")
         advice.append(
-            "fit with tempering (fit_guide with temperature=4.0) or from another init_loc_fn; several modes may exist"
+            "fit with tempering (fit_guide with temperature=4.0) or from another init_loc_fn; "
+            "several modes may exist"
         )
     return Diagnosis(
         weights, divergence, shifts, wider, not problems, tuple(problems), tuple(advice)
@@ -189,7 +195,7 @@ def diagnose(
 
 
 def _shift(value: Tensor, w: Tensor) -> float:
-    """Largest |weighted mean − mean| over the entries of a site, in weighted standard deviations."""
+    """Largest |weighted mean − mean| over the entries of a site, in weighted sd."""
     x = value.detach().double().reshape(len(value), -1)
     if not x.isfinite().all():
         return math.inf
@@ -199,7 +205,7 @@ def _shift(value: Tensor, w: Tensor) -> float:
     return ((mean - x.mean(0)).abs() / sd).max().item() if x.shape[1] else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------- ArviZ
+# ------------------------------------------------------------------------------------ ArviZ
 
 
 def _array(value: Tensor) -> Any:

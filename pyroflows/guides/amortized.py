@@ -1,4 +1,4 @@
-"""Guides for models with local latents: a flow for the global ones, a conditional flow and an encoder for the others."""
+"""Guides for local latents: a flow for the global ones, a conditional flow for each row's."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ __all__ = ["AmortizedFlow", "local_flow"]
 def local_flow(
     latent_dim: int, context_dim: int, *, num_layers: int = 4, hidden_dim: int = 64
 ) -> Bijection:
-    """The default conditional flow of a row's latents: affine couplings, then an affine map of the
-    context alone.
+    """The default conditional flow of a row's latents, the identity at the start.
+
+    Affine couplings, then an affine map whose parameters depend on the context alone.
 
     The last map by itself is an amortized Gaussian; the couplings bend it. One network call per
     layer and direction.
@@ -161,10 +162,14 @@ class AmortizedFlow(AutoGuide):
         self.local_transform = as_bijection(made).to(like)
 
     def _check_prototype(self, part_trace: poutine.Trace) -> None:
-        """Asked by the global guide of its master; its model is a part of this one, so there is nothing to check."""
+        """Asked by the global guide, whose model is a part of this one: nothing to check."""
 
     def local_posterior(self, context: Tensor) -> dist.TorchDistribution:
-        """Distribution of the unconstrained local latents given a context, ``(*batch, encoder_dim + global_dim)``."""
+        """Distribution of the unconstrained local latents given a context.
+
+        Args:
+            context: Encoded rows and global latents, ``(*batch, encoder_dim + global_dim)``.
+        """
         base = dist.Normal(context.new_zeros(self.local_dim), 1.0, validate_args=False).to_event(1)
         transform = self.local_transform.condition(context)
         return dist.TransformedDistribution(base, [transform], validate_args=False)
@@ -205,14 +210,14 @@ class AmortizedFlow(AutoGuide):
         return result
 
     def _rows(self, data: Tensor, depth: int) -> Tensor:
-        """The rows of ``data`` that the plates chose; data that comes in batches already is left alone."""
+        """The rows of ``data`` that the plates chose; a batch stays as it is."""
         axes = [(depth + frame.dim, frame) for frame in self._frames]
         if all(data.shape[axis] in (1, self.plates[frame.name].size) for axis, frame in axes):
             return pyro.subsample(data, event_dim=data.dim() - depth)
         return data
 
     def _flatten_globals(self, values: dict[str, Tensor]) -> Tensor:
-        """Unconstrained global latents, ``(*particles, *ones, global_dim)`` with a one for each plate dimension."""
+        """Unconstrained globals, ``(*particles, *ones, global_dim)``, a one for each plate."""
         parts, batch = [], torch.Size()
         for name, site in self.global_guide.prototype_trace.iter_stochastic_nodes():
             u, value = biject_to(site["fn"].support).inv(values[name]), values[name]

@@ -24,6 +24,7 @@ from pyroflows.guides.transport import Transport, posterior_flow
 
 __all__ = ["AutoFlow"]
 
+_INIT = init_to_median(num_samples=101)  # Pyro's 15 draws leave the start a third of a sd away
 _FULL_RANK_UP_TO = 300  # latents; beyond, the triangular matrices become diagonal
 
 
@@ -67,7 +68,7 @@ class AutoFlow(AutoContinuous):
         model: Callable,
         *,
         flow: Callable[[int], Any] | str | None = None,
-        init_loc_fn: Callable = init_to_median(num_samples=101),
+        init_loc_fn: Callable = _INIT,
         init_scale: float = 0.1,
         full_rank: bool | None = None,
         create_plates: Callable | None = None,
@@ -95,8 +96,9 @@ class AutoFlow(AutoContinuous):
             for frame in stack:
                 if frame.full_size is not None and frame.full_size != frame.size:
                     raise ValueError(
-                        f"AutoFlow: latent site '{name}' is local to the subsampled plate '{frame.name}' "
-                        f"({frame.size} of {frame.full_size}), so one flow cannot hold it. Use AmortizedFlow, or "
+                        f"AutoFlow: latent site '{name}' is local to the subsampled plate "
+                        f"'{frame.name}' ({frame.size} of {frame.full_size}), so one flow cannot "
+                        "hold it. Use AmortizedFlow, or "
                         f"hide the site: AutoFlow(poutine.block(model, hide=['{name}']))"
                     )
         self._moving_supports = self._find_moving_supports(args, kwargs)
@@ -118,7 +120,7 @@ class AutoFlow(AutoContinuous):
             self.load_state_dict(state)
 
     def _claim_name(self) -> None:
-        """Take the name in Pyro's store from another live guide that holds it; a parameter loaded from a file stays."""
+        """Take the name in Pyro's store from another live guide, not what a file brought."""
         name, store = f"{self._pyro_name}.packed", pyro.get_param_store()
         if name in store:
             held = store._params[name]
@@ -128,7 +130,7 @@ class AutoFlow(AutoContinuous):
                 del store[name]
 
     def _find_moving_supports(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether the support of a site depends on other sites; then the guide must run the model to know it."""
+        """Whether supports depend on other sites; then the guide runs the model to know them."""
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         if not any(_has_tensors(site["fn"].support) for site in sites.values()):
             return False
@@ -151,7 +153,7 @@ class AutoFlow(AutoContinuous):
         return held[1]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
-        """The map from noise to unconstrained latents, a :class:`Bijection` with the present parameters."""
+        """The map from noise to unconstrained latents, with the present parameters."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._claim_name()
@@ -220,7 +222,7 @@ class AutoFlow(AutoContinuous):
         return LatentDensity(self._raw_model[0], args, kwargs, init_loc_fn=self._init_loc_fn)
 
     def place(self, gaussian: Gaussian) -> None:
-        """Start anew from a Gaussian: set :math:`\\mu, W` to it, A to the identity and f to its initial value."""
+        """Start anew from a Gaussian: W and the location become its, A and f the identity."""
         transport = self._modules["transport"]
         transport.whiten(gaussian.loc, gaussian.scale_tril)
         D = self.latent_dim
@@ -230,9 +232,10 @@ class AutoFlow(AutoContinuous):
             self._parameters["packed"].copy_(start)
 
     def prefit(self, *args: Any, **kwargs: Any) -> Gaussian:
-        """Fit a Gaussian (see :func:`pyroflows.guides.prefit.prefit`) and start the flow from it."""
+        """Fit a Gaussian (:func:`pyroflows.guides.prefit.prefit`) and start the flow from it."""
         self.setup(*args, **kwargs)
-        best, _, _ = prefit(self.density(*args, **kwargs).frozen(), self._modules["transport"].loc)
+        transport, density = self._modules["transport"], self.density(*args, **kwargs).frozen()
+        best, _, _ = prefit(density, transport.loc, full_rank=transport.full_rank)
         self.place(best)
         return best
 
@@ -282,7 +285,7 @@ class AutoFlow(AutoContinuous):
 
     @torch.no_grad()
     def _deviations(self) -> Tensor:
-        """Draws of u − μ, symmetric in z and with z = 0: exact medians for symmetric posteriors; global RNG untouched."""
+        """Draws of u − μ, symmetric in z, so that symmetric posteriors have exact medians."""
         transport = self._modules["transport"]
         z = normal_points(2048, self.latent_dim, like=transport.loc)
         v, _ = transport.from_base(
@@ -299,8 +302,9 @@ class AutoFlow(AutoContinuous):
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Posterior quantiles of each latent: marginal ones of the unconstrained values, mapped to
-        the support.
+        """Posterior quantiles of each latent.
+
+        Marginal ones of the unconstrained values, mapped to the support.
 
         Args:
             quantiles: Levels between 0 and 1.

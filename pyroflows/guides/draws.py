@@ -40,7 +40,7 @@ class GuideDraws:
 
 
 def pointwise(fn: Any, value: Tensor) -> Tensor:
-    """Log-density of each independent part of ``value``: events declared by ``to_event`` are taken apart again."""
+    """Log-density of each independent part of ``value``: ``to_event`` is taken apart again."""
     while True:
         if isinstance(fn, Independent | torch.distributions.Independent | MaskedDistribution):
             fn = fn.base_dist
@@ -91,7 +91,7 @@ def _run(
 
 
 def _squeeze(value: Tensor, num: int, nesting: int, keep: int, event_dim: int) -> Tensor:
-    """``(S, 1, .., plates, event)`` to ``(S, plates, event)``; without a batch axis where it was missing."""
+    """``(S, 1, .., plates, event)`` to ``(S, plates, event)``; repeats where S was missing."""
     if not num:
         return value.unsqueeze(0)
     own = value.shape[value.dim() - event_dim :]

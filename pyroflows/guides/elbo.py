@@ -1,4 +1,4 @@
-"""Objectives for Pyro's SVI: the path gradient, with many samples or with a tempered likelihood."""
+"""The path gradient for Pyro's SVI, of the ELBO or of its importance-weighted kin."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PathGradientELBO(ELBO):
     def _get_trace(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[poutine.Trace, poutine.Trace, poutine.Trace]:
-        """Traces of the guide with its graph, and of model and fixed guide on leaves of the same values."""
+        """Traces of model and fixed guide on leaves, and of the guide whose values they hold."""
         with poutine.trace(param_only=True) as seen:
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         leaves = drawn.copy()
@@ -101,7 +101,7 @@ class PathGradientELBO(ELBO):
         return prune_subsample_sites(model_trace), prune_subsample_sites(fixed), drawn
 
     def _log_weights(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
-        """log p - log q of each particle; shape ``(S,)``, or ``()`` when they come one at a time."""
+        """Log p - log q of each particle; ``(S,)``, or ``()`` when they come one at a time."""
         batched = self.vectorize_particles and self.num_particles > 1
         total: Tensor | float = 0.0
         for trace, sign in ((model_trace, 1 / self.temperature), (guide_trace, -1.0)):
@@ -165,8 +165,7 @@ class PathGradientELBO(ELBO):
         kwargs: dict[str, Any],
         keep_graph: bool,
     ) -> tuple[float, Tensor, list[tuple[Tensor, Tensor]]]:
-        """The loss, a surrogate with its gradient, and pairs (value with graph, gradient of the
-        loss there).
+        """The loss, a surrogate of its gradient, and pairs of value and gradient there.
 
         The model's own parameters get their gradients at once, or through the surrogate if
         ``keep_graph``.

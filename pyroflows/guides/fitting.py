@@ -1,4 +1,4 @@
-"""Fitting a flow guide: pre-fit, path gradients, many particles, a schedule, and a guard at every step."""
+"""Fitting a guide: pre-fit, path gradients, many particles, a schedule, guards."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class GradientClipper:
         self.factor, self.norms = factor, deque[float](maxlen=window)
 
     def __call__(self, tensors: list[Tensor]) -> bool:
-        """Clip the gradients of ``tensors`` together; False, and no gradient, if they are not finite."""
+        """Clip the gradients of ``tensors`` together; False if they are not finite."""
         grads = [t.grad for t in tensors if t.grad is not None]
         norm = torch.stack([g.norm() for g in grads]).norm().item() if grads else 0.0
         if not math.isfinite(norm):
@@ -121,7 +121,7 @@ class GradientClipper:
 
 
 class _BasePoints:
-    """Standard normal batches: one Sobol set, shifted at random modulo one for each batch (Owen 1997)."""
+    """Standard normal batches: one Sobol set, shifted at random modulo one for each."""
 
     def __init__(self, num: int, dim: int, like: Tensor) -> None:
         engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
@@ -173,8 +173,7 @@ def fit_guide(
     prefit_first: bool | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Fit a guide to the posterior of a model: an :class:`AutoFlow`, ready to use, or any other
-    reparameterized guide.
+    r"""Fit a guide to the posterior of a model: an :class:`AutoFlow`, or any reparameterized one.
 
     Each step draws base points z, maps them to latents u, and follows the gradient of the ELBO; as
     the rate falls below half, its path gradient,
@@ -221,7 +220,8 @@ def fit_guide(
     result, begun = FitResult(), time.process_time()
     if num_particles < 1 or (num_steps is not None and num_steps < 1):
         raise ValueError(
-            f"fit_guide: num_steps and num_particles must be positive; got {num_steps}, {num_particles}"
+            "fit_guide: num_steps and num_particles must be positive; "
+            f"got {num_steps} and {num_particles}"
         )
     if not temperature > 0:
         raise ValueError(f"fit_guide: temperature must be positive; got {temperature}")
@@ -237,7 +237,9 @@ def fit_guide(
             prefit_first = torch.equal(packed, transport.initial)
         if prefit_first:
             frozen = density.frozen()
-            found = prefit(lambda u: frozen(u) / temperature, transport.loc)
+            found = prefit(
+                lambda u: frozen(u) / temperature, transport.loc, full_rank=transport.full_rank
+            )
             result.prefit, result.candidates, result.num_gradients = found
             guide.place(result.prefit)
         _train(
@@ -269,7 +271,7 @@ def _train_any(
     lr: float,
     progress: bool,
 ) -> None:
-    """Fit a guide that is no :class:`AutoFlow` through Pyro's messages; arguments as in :func:`fit_guide`."""
+    """Fit a guide that is no :class:`AutoFlow` through Pyro's messages; see :func:`fit_guide`."""
     elbo, clip = PathGradientELBO(num_particles), GradientClipper()
     schedule = Schedule(1000 if num_steps is None else num_steps, window=0)
     parameters: dict[str, Tensor] = {}
@@ -336,8 +338,7 @@ def _standard_normal(z: Tensor) -> Tensor:
 
 
 def _shares(log_weights: Tensor, iwae: bool, along_path: bool) -> Tensor:
-    """Weight of each particle in the gradient: equal, or by the normalized weights of the bound of
-    all particles.
+    """Weight of each particle in the gradient: equal, or by the normalized weights.
 
     Along the path these are squared (Tucker et al. 2019, eq. 8).
     """
@@ -350,7 +351,7 @@ def _shares(log_weights: Tensor, iwae: bool, along_path: bool) -> Tensor:
 def _leaves(
     transport: Any, packed: Tensor, lr: float, others: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[float], torch.optim.Optimizer]:
-    """Leaves, rates and Adam for the parts of ``packed``: the flow's own parameters at their own rate, and the affine map."""
+    """Leaves, rates and Adam: the flow's own parameters at their own rate, and the affine map."""
     cut = len(transport.parts)
     leaves = [
         part.detach().clone().requires_grad_() for part in packed.split([cut, len(packed) - cut])
@@ -452,8 +453,9 @@ def fit_guide_to_draws(
     seed: int | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Fit a guide to given posterior draws by the forward divergence, :math:`\max_\theta \sum_n
-    w_n \log q_\theta(z_n)`.
+    r"""Fit a guide to given draws by the forward divergence.
+
+    .. math:: \max_\theta \sum_n w_n \log q_\theta(z_n)
 
     Unlike the ELBO it covers every mode that has draws. The flow starts from their mean and
     covariance, and the state that is best on held-out draws is kept. The model is run only to
@@ -490,7 +492,8 @@ def fit_guide_to_draws(
         u = u.detach().to(transport.loc).reshape(-1, guide.latent_dim)
         if len(u) <= guide.latent_dim + 1 or not u.isfinite().all():
             raise ValueError(
-                f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; got {len(u)}"
+                f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; "
+                f"got {len(u)}"
             )
         w = torch.ones(len(u)) if weights is None else weights.detach().reshape(-1)
         w = w.to(u) / w.sum().to(u)

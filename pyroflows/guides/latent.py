@@ -31,7 +31,7 @@ __all__ = ["LatentDensity", "LatentSite", "init_where_possible", "plate_nesting"
 
 
 def init_where_possible(init_loc_fn: Callable, site: dict[str, Any]) -> Tensor:
-    """``init_loc_fn(site)``, or the image of 0 for a site that cannot be sampled (``ImproperUniform``)."""
+    """``init_loc_fn(site)``, or the image of 0 for a site that cannot be sampled."""
     try:
         return init_loc_fn(site)
     except NotImplementedError:
@@ -70,7 +70,7 @@ class LatentSite:
     size: int
 
     def unpack(self, u: Tensor, nesting: int) -> Tensor:
-        """The site's part of ``u``, ``(*batch, D)``, with the batch to the left of ``nesting`` plate dimensions."""
+        """The site's part of ``u``, ``(*batch, D)``; the batch left of ``nesting`` plates."""
         padding = (1,) * (nesting - len(self.shape) + self.event_dim) if u.dim() > 1 else ()
         return u[..., self.start : self.start + self.size].reshape(
             u.shape[:-1] + padding + self.shape
@@ -124,8 +124,7 @@ class _Evaluation(Messenger):
 
 
 class LatentDensity:
-    """The model's log-density over its latents as one flat unconstrained vector ``u``, ``(*batch,
-    D)``.
+    """The model's log-density over its latents as one flat unconstrained vector.
 
     Cost: one run of the model per call, whatever the batch. The model runs with the batch as an
     extra dimension to the left of its plates; a model that cannot (checked at the first batch
@@ -183,7 +182,7 @@ class LatentDensity:
         self._batched: Callable[[Tensor], Tensor] | None = None
 
     def frozen(self, seed: int = 0) -> Callable[[Tensor], Tensor]:
-        """The same function with one choice of subsamples for all calls; global random state untouched."""
+        """The same function with one choice of subsamples for all calls; no random state."""
         if not self.stochastic:
             return self
 
@@ -195,7 +194,7 @@ class LatentDensity:
         return density
 
     def evaluate(self, u: Tensor, *, record: bool = False) -> _Evaluation:
-        """Run the model once at ``u``, ``(D,)`` or ``(S, D)``, and return everything that was seen."""
+        """Run the model once at ``u``, ``(D,)`` or ``(S, D)``, and return what was seen."""
         run = _Evaluation(
             {s.name: s.unpack(u, self.nesting) for s in self.sites}, self.nesting, record
         )
@@ -212,7 +211,7 @@ class LatentDensity:
         return torch.stack([self._native(point) for point in u])
 
     def _choose(self, u: Tensor) -> Callable[[Tensor], Tensor]:
-        """The first way of evaluating a batch that agrees with single runs on a few of its points."""
+        """The first way of evaluating a batch that agrees with single runs on some points."""
         probe = u.detach()[:3]
         if len(probe) < 2:
             return self._native
@@ -262,7 +261,7 @@ class LatentDensity:
             return u.sum() * math.nan
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
-        """Value of each site at ``u``: ``(S, D)`` to ``(S, *site)``, plate dimensions as in the model."""
+        """Value of each site at ``u``: ``(S, D)`` to ``(S, *site)``, plates as in the model."""
         values = self.evaluate(u).values
         return {s.name: values[s.name].reshape(u.shape[:-1] + s.value_shape) for s in self.sites}
 

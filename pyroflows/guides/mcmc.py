@@ -1,4 +1,4 @@
-"""Markov chains in the coordinates of a fitted flow: exact draws where a guide alone is only near."""
+"""Markov chains in the coordinates of a fitted flow: exact where a guide is only near."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-r"""Gaussian fits that place a flow before it trains: location and full covariance from a few
-thousand gradients.
+r"""Gaussian fits that place a flow before it trains, from a few thousand gradients.
 
 Three candidates, each of which fails somewhere, and the ELBO to choose among them: batch-and-match
 from the initial point, BFGS with a Laplace approximation from several starts, and batch-and-match
@@ -19,7 +18,7 @@ __all__ = ["Gaussian", "batch_and_match", "laplace", "prefit"]
 
 
 def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
-    """Standard normal points ``(num, dim)`` from a scrambled Sobol sequence; global random state untouched."""
+    """Standard normal points ``(num, dim)`` from a scrambled Sobol sequence; no random state."""
     uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(
         num, dtype=torch.float64
     )
@@ -29,7 +28,7 @@ def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
 
 @dataclass
 class Gaussian:
-    """N(loc, scale_tril scale_tril^T) with its ELBO; ``loc`` ``(D,)``, ``scale_tril`` ``(D, D)``, lower triangular."""
+    """N(loc, scale_tril scale_tril^T) and its ELBO; shapes ``(D,)`` and ``(D, D)``, or ``(D,)`` if diagonal."""
 
     loc: Tensor
     scale_tril: Tensor
@@ -38,17 +37,18 @@ class Gaussian:
 
     def rate(self, log_density: Callable[[Tensor], Tensor], num: int = 256) -> Gaussian:
         """Set ``elbo``, from ``num`` quasi-random points; -inf if any density is not finite."""
-        z = normal_points(num, len(self.loc), like=self.loc)
-        entropy = self.scale_tril.diagonal().log().sum() + 0.5 * len(self.loc) * math.log(
-            2 * math.pi * math.e
-        )
-        elbo = (log_density(self.loc + z @ self.scale_tril.T).mean() + entropy).item()
+        z, scale = normal_points(num, len(self.loc), like=self.loc), self.scale_tril
+        diagonal = scale.dim() == 1
+        log_det = (scale if diagonal else scale.diagonal()).log().sum()
+        entropy = log_det + 0.5 * len(self.loc) * math.log(2 * math.pi * math.e)
+        u = self.loc + (z * scale if diagonal else z @ scale.T)
+        elbo = (log_density(u).mean() + entropy).item()
         self.elbo = elbo if math.isfinite(elbo) else -math.inf
         return self
 
 
 class Target:
-    """A log-density in float64 with its gradient, counting the points; non-finite points get a gradient of NaN."""
+    """A log-density in float64 with its gradient, counting the points."""
 
     def __init__(self, log_density: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         self.log_density, self.dtype = log_density, dtype
@@ -110,7 +110,6 @@ def batch_and_match(
             continue
         z, g = z[ok], g[ok]
         rate = len(z) * D / (t + 1)
-        z_bar, g_bar = z.mean(0), g.mean(0)
         # In coordinates where the current Gaussian is standard: V = L (...) L^T, so that
         # ill-conditioned targets are safe.
         white = torch.linalg.solve_triangular(L, (z - mu).T, upper=False).T
@@ -143,7 +142,7 @@ def batch_and_match(
 def _bfgs(
     target: Target, u: Tensor, *, num_steps: int = 100, tol: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """Climb from every row of ``u`` at once by BFGS: points ``(K, D)`` and log-densities ``(K,)``."""
+    """Climb from every row of ``u`` at once by BFGS: points ``(K, D)``, densities ``(K,)``."""
     K, D = u.shape
     eye = torch.eye(D).to(u)
     log_p, g = target.gradient(u)
@@ -191,9 +190,9 @@ def _bfgs(
 
 
 def _curvature(target: Target, u: Tensor) -> Tensor:
-    """Minus the Hessian of the log-density at ``u``, ``(D,)``: exact where autograd can, else by
-    central differences.
+    """Minus the Hessian of the log-density at ``u``, ``(D,)``.
 
+    Exact where autograd can, else by central differences.
     Cost: 2 D gradients, in one batch.
     """
     D = len(u)
@@ -213,7 +212,7 @@ def _curvature(target: Target, u: Tensor) -> Tensor:
 
 
 def _eigh_scaled(curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Jacobi scales d and the eigen-decomposition of d K d, so that raw scales ten orders apart do no harm."""
+    """Jacobi scales d and the eigen-decomposition of d K d: raw scales do no harm."""
     d = curvature.diagonal().abs().clamp(min=1e-30).rsqrt()
     values, Q = torch.linalg.eigh(d[:, None] * curvature * d)
     return d, values, Q
@@ -254,10 +253,53 @@ def laplace(target: Target, start: Tensor) -> Gaussian:
     return Gaussian(mode, L * L.diagonal().sign(), method="Laplace")
 
 
+def _diagonal_match(
+    target: Target, start: Gaussian, *, num_steps: int, batch_size: int, tol: float = 1e-3
+) -> Gaussian:
+    """:func:`batch_and_match` among Gaussians of diagonal covariance; scales are ``(D,)``."""
+    mu, scale = start.loc, start.scale_tril
+    D = len(mu)
+    for t in range(num_steps):
+        white = normal_points(batch_size, D, like=mu, seed=t)
+        log_p, g = target.gradient(mu + scale * white)
+        ok = log_p.isfinite() & g.isfinite().all(-1)
+        if ok.sum() < 2:
+            scale = scale / 4
+            continue
+        white, h = white[ok], g[ok] * scale
+        rate = len(white) * D / (t + 1)
+        w_bar, h_bar, shrink = white.mean(0), h.mean(0), rate / (1 + rate)
+        U = rate * h.var(0, correction=0) + shrink * h_bar.square()
+        V = 1 + rate * white.var(0, correction=0) + shrink * w_bar.square()
+        variance = 2 * V / (1 + (1 + 4 * U * V).sqrt())
+        shift = shrink * (variance * h_bar + w_bar)
+        mu, scale = mu + scale * shift, scale * variance.sqrt()
+        change = 0.5 * (variance + shift.square() - 1 - variance.log()).sum()
+        if change < tol:
+            break
+    return Gaussian(mu, scale, method="diagonal batch-and-match")
+
+
+def _climb(target: Target, start: Tensor, num_steps: int = 100) -> Tensor:
+    """A mode by L-BFGS, for many latents."""
+    u = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([u], max_iter=num_steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        log_p, g = target.gradient(u[None])
+        u.grad = -g[0].nan_to_num(0.0)
+        return -log_p[0].nan_to_num(-math.inf)
+
+    optimizer.step(closure)
+    mode = u.detach()
+    return mode if mode.isfinite().all() else start
+
+
 def prefit(
     log_density: Callable[[Tensor], Tensor],
     init_loc: Tensor,
     *,
+    full_rank: bool = True,
     num_starts: int = 4,
     num_steps: int = 60,
     batch_size: int = 32,
@@ -267,6 +309,7 @@ def prefit(
     Args:
         log_density: Function ``(S, D) -> (S,)``.
         init_loc: Where to begin; shape ``(D,)``. Its type and device are those of the density.
+        full_rank: Whether to fit full covariances, or diagonal ones, for many latents.
         num_starts: Starts of BFGS: ``init_loc`` and points around it.
         num_steps: Largest number of batch-and-match steps, each time it runs.
         batch_size: Points per batch-and-match step.
@@ -277,6 +320,13 @@ def prefit(
     target = Target(log_density, init_loc.dtype)
     loc = init_loc.detach().double()
     D = len(loc)
+    if not full_rank:
+        start = Gaussian(loc, torch.ones_like(loc), method="initial point")
+        mode = Gaussian(_climb(target, loc), torch.ones_like(loc))
+        fit = {"num_steps": num_steps, "batch_size": batch_size}
+        candidates = [start] + [_diagonal_match(target, g, **fit) for g in (start, mode)]
+        candidates = [c.rate(target) for c in candidates]
+        return max(candidates, key=lambda c: c.elbo), candidates, target.num_gradients
     start = Gaussian(loc, torch.eye(D).to(loc), method="initial point")
     candidates = [start.rate(target)]
 

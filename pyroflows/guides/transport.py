@@ -1,5 +1,4 @@
-r"""The map of a flow guide, :math:`u = \mu + W (b + A f(z))`, with every trainable number in one
-vector.
+r"""The map of a flow guide, :math:`u = \mu + W (b + A f(z))`, with one trainable vector.
 
 Pyro pays for each parameter tensor at each step (a message, an entry of the store, an optimizer
 group), so a flow of thirty small tensors spends more on bookkeeping than on arithmetic. Here they
@@ -9,7 +8,7 @@ are parts of one tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -55,8 +54,7 @@ class Chain:
 
 
 def who_moves(num_features: int, num_layers: int) -> Tensor:
-    """Masks ``(num_layers, num_features)`` under which every feature acts directly on every other,
-    if there is room.
+    """Masks ``(num_layers, num_features)`` under which every feature acts on every other.
 
     Each feature moves in half of the layers, no two in the same ones, so that for any pair some
     layer moves the one and keeps the other (an antichain; Sperner 1928). Complements come in
@@ -76,8 +74,7 @@ def who_moves(num_features: int, num_layers: int) -> Tensor:
 def posterior_flow(
     latent_dim: int, *, num_layers: int | None = None, count_bins: int = 5
 ) -> Bijection:
-    """The default flow of a guide: couplings by a spline and an affine map, the identity at the
-    start.
+    """The default flow of a guide: couplings by a spline and an affine map.
 
     Every latent acts directly on every other in some layer, up to 70 latents. One network call per
     layer in either direction.
@@ -222,7 +219,7 @@ class Transport(Bijection):
 
     @property
     def inverts_cheaply(self) -> bool:
-        """Whether the inverse of the flow costs about as much as the flow: couplings and the like."""
+        """Whether the inverse of the flow costs about as much as the flow, as for couplings."""
         kinds = {type(inner).__name__ for inner in self.flow.modules()}
         return not kinds & {
             "Autoregressive",
@@ -254,7 +251,7 @@ class Transport(Bijection):
         )
 
     def from_base(self, vector: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """v and log|det dv/dz| at parameters ``vector``; ``(*batch, D)`` to the same and ``(*batch)``."""
+        """Return v, ``(*batch, D)``, and log|det dv/dz|, ``(*batch)``, at ``vector``."""
         theta, b, log_diag, rest = self._split(vector)
         with self.parts.lend(theta):
             v, log_det = self.flow._forward_and_log_det(z, None)
@@ -262,7 +259,7 @@ class Transport(Bijection):
         return v + b, log_det + log_diag.sum()
 
     def to_base(self, vector: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """z and log|det dz/dv| at parameters ``vector``."""
+        """Return z and log|det dz/dv| at parameters ``vector``."""
         theta, b, log_diag, rest = self._split(vector)
         v = v - b
         if self.full_rank:
@@ -276,7 +273,7 @@ class Transport(Bijection):
         return z, log_det - log_diag.sum()
 
     def at(self, vector: Tensor) -> Transport:
-        """A view with the given trainable vector: a :class:`Bijection` that shares every buffer."""
+        """A view with the given trainable vector, a bijection that shares every buffer."""
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view.__dict__.update(_entry=None, _inverse_ref=None, _parameters={"vector": vector})

@@ -1,4 +1,4 @@
-"""Importance weights of a guide: evidence, effective sample size, and the Pareto k that says if they can be trusted."""
+"""Importance weights: evidence, effective sample size, and whether they can be trusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["WeightSummary", "pareto_k", "smooth_weights", "summarize_weights"]
 
 
 def _fit_generalized_pareto(x: Tensor) -> tuple[float, float]:
-    """Shape k and scale of a generalized Pareto distribution on sorted exceedances ``x > 0`` (Zhang and Stephens 2009)."""
+    """Shape k and scale of a generalized Pareto on sorted x > 0 (Zhang and Stephens 2009)."""
     n = len(x)
     m = 30 + int(n**0.5)
     j = torch.arange(1, m + 1).to(x)
