@@ -16,7 +16,7 @@ from pyro.distributions.conditional import ConditionalTransform, ConditionalTran
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.distributions.transforms import ComposeTransform, Transform
+from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
 __all__ = ["Bijection", "Compose", "Inverse", "as_bijection"]
 
@@ -87,8 +87,9 @@ class Bijection(TransformModule):
         return self._both(y, inverse=True)
 
     def _both(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self._entry is not None and not _untracked():
-            known = self._entry.input_of(self, value, inverse)
+        entry = self._entry  # read once: another thread may drop it
+        if entry is not None and not _untracked():
+            known = entry.input_of(self, value, inverse)
             if known is not None:
                 return known
         out, log_det = self._evaluate(value, inverse)
@@ -106,13 +107,19 @@ class Bijection(TransformModule):
             batch = self._broadcast(value.shape, event_dim)
             value = value.expand(batch + value.shape[value.dim() - event_dim :])
         out, log_det = self._step(value, context, inverse)
-        return out, log_det.expand(value.shape[: value.dim() - event_dim])
+        event_dim = (self.domain if inverse else self.codomain).event_dim
+        return out, log_det.expand(out.shape[: out.dim() - event_dim])
 
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
         if self.context_dim and self._context is None:
             raise RuntimeError(
                 f"{type(self).__name__} needs a context of shape (..., {self.context_dim}): "
                 "call .condition(context) first"
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} expects a tensor; got {type(value).__name__}. "
+                "Convert it, e.g. torch.as_tensor(x)"
             )
         if not value.is_floating_point():
             raise TypeError(
@@ -122,6 +129,7 @@ class Bijection(TransformModule):
         expected = self.event_shape
         if expected is not None and inverse:
             expected = self._map_shape(expected, inverse=False)
+            expected = expected[len(expected) - event_dim :]
         given = value.shape[max(0, value.dim() - event_dim) :]
         if len(given) < event_dim or (expected is not None and given != expected):
             want = ["..."] + ([str(n) for n in expected] if expected else ["*"] * event_dim)
@@ -134,14 +142,18 @@ class Bijection(TransformModule):
 
     def _check_kind(self, value: Tensor) -> None:
         own = next((t for t in _tensors(self) if t.is_floating_point()), None)
-        if own is None or (own.dtype == value.dtype and own.device == value.device):
+        if own is None:
             return
-        if own.device == value.device and torch.is_autocast_enabled(value.device.type):
-            return
-        raise ValueError(
-            f"{type(self).__name__} has parameters of {own.dtype} on {own.device}; got values of "
-            f"{value.dtype} on {value.device}. Convert one of them, e.g. with .to(values)"
-        )
+        for what, given in (("values", value), ("context", self._context)):
+            if given is None or (own.dtype == given.dtype and own.device == given.device):
+                continue
+            if own.device == given.device and torch.is_autocast_enabled(given.device.type):
+                continue
+            raise ValueError(
+                f"{type(self).__name__} has parameters of {own.dtype} on {own.device}; got "
+                f"{what} of {given.dtype} on {given.device}. Convert one of them, e.g. with "
+                f".to({what})"
+            )
 
     # ---------------------------------------------------------------------------- torch's protocol
 
@@ -262,10 +274,16 @@ class Bijection(TransformModule):
             context: Shape ``(*batch, context_dim)``; its batch broadcasts against that of x.
 
         Raises:
+            TypeError: If ``context`` is no tensor.
             ValueError: If the last size of ``context`` is not ``context_dim``.
         """
         if not self.context_dim:
             return self
+        if not isinstance(context, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} expects a context tensor of shape (..., "
+                f"{self.context_dim}); got {type(context).__name__}"
+            )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(
                 f"{type(self).__name__} expects a context of shape (..., {self.context_dim}); "
@@ -275,6 +293,12 @@ class Bijection(TransformModule):
         view.__dict__.update(self.__dict__)
         view.__dict__.update(_context=context, _entry=None, _inverse_ref=None)
         return view
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bijection":
+        super()._apply(fn, recurse)
+        if "_context" in self.__dict__:
+            self.__dict__["_context"] = fn(self.__dict__["_context"])
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -327,6 +351,10 @@ class Inverse(Bijection):
     def sign(self) -> int:
         """Sign of the determinant, where the transform has one."""
         return self.transform.sign
+
+    @property
+    def _context(self) -> Tensor | None:  # type: ignore[override]
+        return self.transform._context
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.transform._inverse_and_log_det(x, context)
@@ -488,8 +516,12 @@ class _Wrapped(Bijection):
     """
 
     def __init__(self, transform: Any, context_dim: int = 0) -> None:
-        super().__init__(context_dim=context_dim)
+        super().__init__(getattr(transform, "event_shape", None), context_dim=context_dim)
         self.transform = transform
+        if not isinstance(transform, nn.Module):
+            inner = [t for t in _inner_transforms(transform) if isinstance(t, nn.Module)]
+            if inner:  # their parameters are this module's
+                self.inner = nn.ModuleList(inner)
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
@@ -523,7 +555,7 @@ class _Wrapped(Bijection):
         mapped = self.transform.inverse_shape if inverse else self.transform.forward_shape
         return torch.Size(mapped(shape))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Wrapped":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bijection":
         super()._apply(fn, recurse)
         _apply_to_plain_tensors(self.transform, fn)
         return self
@@ -536,18 +568,27 @@ def _apply_to_plain_tensors(transform: Any, fn: Callable[[Tensor], Tensor]) -> N
             vars(transform)[name] = fn(value)
         elif name == "_cached_x_y":
             vars(transform)[name] = (None, None)
-        elif name in ("parts", "_inv", "base_transform") and not isinstance(transform, nn.Module):
-            for inner in value if isinstance(value, list) else [value]:
-                if isinstance(inner, Transform) and (
-                    name != "_inv" or type(transform).__name__ == "_InverseTransform"
-                ):
-                    _apply_to_plain_tensors(inner, fn)
+    if not isinstance(transform, nn.Module):
+        for inner in _inner_transforms(transform):
+            _apply_to_plain_tensors(inner, fn)
+
+
+def _inner_transforms(transform: Any) -> Iterator[Transform]:
+    """The transforms that torch's IndependentTransform, StackTransform and the like hold."""
+    for name in ("parts", "transforms", "base_transform"):
+        value = getattr(transform, name, None)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Transform):
+                yield inner
 
 
 def as_bijection(
     transform: Transform | ConditionalTransform, context_dim: int | None = None
 ) -> Bijection:
     """Return ``transform`` as a :class:`Bijection`: itself if it is one, else wrapped.
+
+    A view that ``condition`` returned keeps its context: as a part of another bijection it takes
+    none.
 
     Args:
         transform: A bijective torch or Pyro transform, or a conditional one of Pyro's.
@@ -558,7 +599,7 @@ def as_bijection(
         ValueError: If a conditional transform of Pyro's comes without ``context_dim``.
     """
     if isinstance(transform, Bijection):
-        return transform
+        return transform if transform._context is None else _Wrapped(transform)
     if isinstance(transform, ConditionalTransform):
         if not context_dim:
             raise ValueError(
@@ -571,6 +612,10 @@ def as_bijection(
         raise TypeError(
             f"as_bijection expects a bijective transform; {type(transform).__name__} is not"
         )
+    if type(transform) is ComposeTransform and transform.parts:
+        return Compose(transform.parts)
+    if isinstance(transform, _InverseTransform):
+        return as_bijection(transform.inv).inv
     return _Wrapped(transform)
 
 
@@ -605,6 +650,7 @@ class _Entry:
         "log_det",
         "is_inverse",
         "grad",
+        "mode",
         "state",
         "tensors",
         "stamp",
@@ -616,7 +662,8 @@ class _Entry:
     ) -> None:
         self.input, self.log_det, self.is_inverse = value, log_det, inverse
         self.grad = torch.is_grad_enabled()
-        self.state = _state(value, out)
+        self.mode = owner.training
+        self.state = _state(value, out, owner._context)
         self.tensors = list(_tensors(owner))  # strong, so that no id is used twice
         self.stamp = _stamp(self.tensors)
         self.alive = alive = [True]
@@ -626,9 +673,9 @@ class _Entry:
 
         def forget(reference: "weakref.ref[Tensor]") -> None:
             module = owner_ref()
-            if module is not None and module._entry is not None:
-                if module._entry.output is reference:
-                    module.__dict__["_entry"] = None
+            entry = None if module is None else module._entry
+            if module is not None and entry is not None and entry.output is reference:
+                module.__dict__["_entry"] = None
 
         self.output = weakref.ref(out, forget)
 
@@ -653,7 +700,9 @@ class _Entry:
     def _valid(self, owner: Bijection, out: Tensor) -> bool:
         if not self.alive or (torch.is_grad_enabled() and not self.grad):
             return False
-        return self.state == _state(self.input, out) and self.stamp == _stamp(_tensors(owner))
+        if self.mode != owner.training or self.state != _state(self.input, out, owner._context):
+            return False
+        return self.stamp == _stamp(_tensors(owner))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -677,5 +726,6 @@ def _stamp(tensors: Any) -> list[tuple[int, int, bool]]:
     return [(id(t), 0 if t.is_inference() else t._version, t.requires_grad) for t in tensors]
 
 
-def _state(*pair: Tensor) -> list[tuple[int, bool]]:
-    return [(-1 if t.is_inference() else t._version, t.requires_grad) for t in pair]
+def _state(*tensors: Tensor | None) -> list[tuple[int, bool]]:
+    known = [t for t in tensors if t is not None]
+    return [(-1 if t.is_inference() else t._version, t.requires_grad) for t in known]

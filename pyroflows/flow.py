@@ -149,7 +149,8 @@ class Flow(PyroModule):
     def event_shape(self) -> torch.Size:
         """Shape of one draw."""
         base, transform = self._parts()
-        return transform._map_shape(torch.Size(base.event_shape), inverse=False)
+        shape = transform._map_shape(torch.Size(base.event_shape), inverse=False)
+        return shape[len(shape) - transform.codomain.event_dim :]
 
     @property
     def support(self) -> constraints.Constraint:
@@ -171,6 +172,11 @@ class Flow(PyroModule):
             raise ValueError(
                 f"this flow takes no context; got one of shape {tuple(context.shape)}. "
                 "Build it with context_dim="
+            )
+        if not isinstance(context, Tensor):
+            raise TypeError(
+                f"this flow expects a context tensor of shape (..., {self.context_dim}); "
+                f"got {type(context).__name__}"
             )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ValueError(

@@ -1,0 +1,99 @@
+"""What a hostile reader tried: each property that was broken once, with its test."""
+
+import copy
+
+import pyro.distributions.transforms as stock
+import pytest
+import torch
+from cases import build, contexts, noise
+from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform
+
+import pyroflows as pf
+import pyroflows.transforms as T
+from pyroflows.bijection import Compose, as_bijection
+from pyroflows.flow import Flow
+
+same = torch.testing.assert_close
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ComposeTransform([T.affine_coupling(3, [8]), T.permute(3)]),
+        lambda: stock.affine_autoregressive(3).inv,
+        lambda: IndependentTransform(T.affine_coupling(3, [8]), 0),
+    ],
+)
+def test_modules_inside_plain_transforms_keep_their_parameters(make):
+    flow = copy.deepcopy(Flow(3, [make()])).double()
+    assert list(flow.parameters()) and len(flow.state_dict()) > 2
+    x = torch.randn(4, 3, dtype=torch.float64)
+    flow.log_prob(x).sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+@pytest.mark.parametrize("name", ["affine_coupling", "compose", "inverse"])
+def test_a_view_is_a_part_whose_context_stays_fixed(name):
+    t, c, x = build(name, 2), contexts(2, 4), noise(name, 4)
+    (d,) = x.shape[1:]
+    view, conditional = t.condition(c), Flow(d, [t]).double()
+    same(Compose([view, T.permute(d, range(d)), view.inv])(x), x)
+    for flow in (Flow(d, view), Flow(d, [T.permute(d, range(d)), view])):
+        flow = copy.deepcopy(flow.double())
+        assert flow().batch_shape == (4,) and flow.event_shape == (d,)
+        assert flow.sample(2).shape == (2, 4, d)
+        same(flow.log_prob(x[0]), conditional.log_prob(x[0], c))
+        assert flow.float().sample(2).dtype == torch.float32
+    other = build(name, 2)
+    mixed, c2 = Flow(d, [view, other]).double(), 2 * c
+    expected = Flow(d, [view, other.condition(c2)]).double()
+    same(mixed.log_prob(x, c2), expected.log_prob(x))
+
+
+def test_a_transform_with_a_batch_gives_a_batch():
+    flow = Flow(3, [as_bijection(AffineTransform(torch.randn(4, 3), 2.0, event_dim=1))])
+    assert flow().batch_shape == (4,) and flow.event_shape == (3,)
+    assert flow.log_prob(torch.zeros(3)).shape == (4,)
+
+
+# ---------------------------------------------------------------------------------------- contexts
+
+
+def test_contexts_of_the_wrong_kind_are_named():
+    flow, x = pf.realnvp(3, 2, num_transforms=1), torch.zeros(4, 3)
+    for context in (torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match="context of torch"):
+            flow.log_prob(x, context)
+        with pytest.raises(ValueError, match="context of torch"):
+            flow.sample(3, context)
+    with pytest.raises(TypeError, match="context tensor.*list"):
+        flow.log_prob(x, [0.0, 0.0])
+    with pytest.raises(TypeError, match="context tensor.*NoneType"):
+        flow.transform.condition(None)
+    with pytest.raises(TypeError, match="expects a tensor; got ndarray"):
+        flow.log_prob(x.numpy(), torch.zeros(2))
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_a_context_changed_in_place_is_seen():
+    t, c, x = build("affine_coupling", 2), contexts(2, 4), noise("affine_coupling", 4)
+    view = t.condition(c)
+    y = view(x)
+    c.add_(1)
+    same(view.inv(y), view._inverse(y))
+    y = view(x)
+    c.requires_grad_()
+    (gradient,) = torch.autograd.grad(view.inverse_and_log_det(y)[1].sum(), c)
+    assert gradient.abs().sum() > 0
+
+
+def test_the_mode_changed_between_two_calls_is_seen():
+    t, y = build("batchnorm").train(), noise("batchnorm", 6)
+    x = t.inv(y)
+    t.eval()
+    same(t.inv.log_abs_det_jacobian(y, x), t.inverse_and_log_det(y.clone())[1])
