@@ -189,7 +189,8 @@ class _Writer:
     """Tables to a CSV or Parquet file piece by piece, or to the terminal, or nowhere."""
 
     def __init__(self, path: str | None, *, show: bool = False) -> None:
-        self.path, self.show, self._file = path, show, None
+        self.path, self.show = path, show
+        self._file: Any = None
         if path and Path(path).suffix not in (".csv", ".parquet"):
             raise ValueError(f"{path}: expected a name ending in .csv or .parquet")
 

@@ -198,7 +198,7 @@ def pit_plot(
     u = _numbers(pit[column]) if column is not None else pit.to_numpy(float).ravel()
     u = u[~np.isnan(u)]
     ax = _axes(ax)
-    ax.hist(u, np.linspace(0, 1, bins + 1), density=True, color=MODEL, alpha=0.7)
+    ax.hist(u, np.linspace(0, 1, bins + 1).tolist(), density=True, color=MODEL, alpha=0.7)
     band = 2 * math.sqrt(bins / max(len(u), 1))
     ax.axhspan(1 - band, 1 + band, color=REAL, alpha=0.2, label="95 % if calibrated")
     ax.set(
@@ -217,7 +217,7 @@ def qq_plot(
     columns: Sequence[Any] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Quantiles of the probability integral transforms against uniform ones, a line per number target."""
+    """Quantiles of the probability integral transforms against uniform ones."""
     pit = model.pit(table)
     ax = _axes(ax)
     ax.plot([0, 1], [0, 1], color=REAL, lw=1)
@@ -270,12 +270,12 @@ def conditional_density(
     ax = _axes(ax)
     if grid is None and not spec.is_label:
         x = _numbers(model.sample(2000, given, random_state=0)[column])
-        grid = np.linspace(*np.quantile(x, [0.005, 0.995]), 200)
-        grid = (
-            np.unique(np.round((grid - spec.anchor) / spec.step)) * spec.step + spec.anchor
-            if spec.step
-            else grid
-        )
+        place = np.linspace(*np.quantile(x, [0.005, 0.995]), 200)
+        if spec.step:
+            place = (
+                np.unique(np.round((place - spec.anchor) / spec.step)) * spec.step + spec.anchor
+            )
+        grid = place
     values = list(spec.levels) if grid is None else list(grid)
     frame = pd.DataFrame([{**given, column: v} for v in values])
     log_p = model.log_marginal(frame)

@@ -24,7 +24,7 @@ KINDS = ("categorical", "discrete", "numeric", "datetime")
 
 
 def find_step(values: np.ndarray) -> tuple[float | None, np.ndarray]:
-    """The recording step of a column and the few values that do not keep to it (caps), or ``(None, [])``.
+    """The recording step, or None, and the few values that do not keep to it (caps).
 
     A lattice must carry 99 % of the rows, and its values must repeat: a step so fine that nearly
     every value is different says nothing more than a density does.
@@ -123,7 +123,7 @@ class Column:
             )
         if pd.api.types.is_complex_dtype(dtype):
             raise ValueError(
-                f"column {name!r}: complex data is not supported; split it into real and imaginary parts"
+                f"column {name!r}: complex data is not supported; split real and imaginary part"
             )
         stamps = pd.api.types.is_datetime64_any_dtype(dtype) or pd.api.types.is_timedelta64_dtype(
             dtype
@@ -151,7 +151,7 @@ class Column:
         level, count = np.unique(values, return_counts=True)
         n = len(values)
         if len(level) <= 2 or (
-            len(level) <= 12 and n >= 20 * len(level) and bool((level == np.round(level)).all())
+            len(level) <= 4 and n >= 20 * len(level) and bool((level == np.round(level)).all())
         ):
             out.kind = "discrete" if not stamps else "datetime"
             if out.kind == "discrete":
@@ -224,7 +224,7 @@ class Column:
         return x
 
     def decode(self, values: np.ndarray) -> pd.Series:
-        """The inverse of :meth:`encode`, in the original dtype wherever it can hold missing cells."""
+        """The inverse of :meth:`encode`, in the original dtype where that can be missing."""
         import pandas as pd
 
         gone = np.isnan(values)
@@ -287,7 +287,7 @@ class Column:
                 else "numbers as labels"
             )
             return f"{len(self.levels)} {word}" if self.levels else "empty"
-        parts = ["lattice, step %g" % self.step if self.step else "continuous"]
+        parts = [f"lattice, step {self.step:g}" if self.step else "continuous"]
         parts += [f">= {self.lower:g}"] if self.lower is not None else []
         parts += [f"<= {self.upper:g}"] if self.upper is not None else []
         parts += (
@@ -369,7 +369,8 @@ class Schema:
         unknown = [c for c in frame.columns if c not in set(self.names)]
         if unknown or (absent and not partial):
             raise ValueError(
-                f"columns differ from those of the fit: missing {absent}, unknown {unknown}; expected {self.names}"
+                f"columns differ from those of the fit: missing {absent}, unknown {unknown}; "
+                f"expected {self.names}"
             )
         out = np.full((len(frame), len(self)), np.nan)
         for j, column in enumerate(self.columns):
@@ -418,7 +419,7 @@ class Schema:
 
 
 def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:
-    """A DataFrame of what may be a DataFrame, a Series, a mapping, or an array of shape (rows, columns).
+    """A DataFrame of a Series, a mapping, or an array of shape (rows, columns).
 
     Raises:
         ValueError: If it has not two axes, or is sparse, complex or empty.
@@ -443,7 +444,8 @@ def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:
     if array.ndim != 2:
         raise ValueError(
             f"Expected 2D array (rows, columns), got {array.ndim}D array instead. "
-            "Reshape your data either using array.reshape(-1, 1) for one column or array.reshape(1, -1) for one row."
+            "Reshape your data either using array.reshape(-1, 1) for one column "
+            "or array.reshape(1, -1) for one row."
         )
     if array.dtype.kind == "O":
         array = array.astype(float)  # numbers held as objects; strings raise here

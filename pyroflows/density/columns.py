@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 class LabelCells(nn.Module):
-    """A column of codes: the most frequent labels have a bin each, the rarer ones share the last by their frequencies.
+    """Codes: the most frequent labels have a bin each, the rarer ones share the last.
 
     Args:
         group: Bin of each code, shape (C,).
@@ -126,7 +126,7 @@ class LabelCells(nn.Module):
 
 
 class NumberCells(nn.Module):
-    """A column of numbers: bins of a histogram, then a bin per atom; normal scores for the smooth part.
+    """Numbers: bins of a histogram, then a bin per atom; normal scores for the smooth part.
 
     Args:
         hist: The histogram of the regular values.
@@ -138,7 +138,8 @@ class NumberCells(nn.Module):
         step: Recording step, 0 for none.
         anchor: A value on the lattice.
         bounds: Lower and upper end of the support.
-        waves: Frequencies of the rank that later columns see; they let the networks learn sharp dependence early.
+        waves: Frequencies of the rank that later columns see; they let the networks learn sharp
+            dependence early.
         has_missing: Whether fitting saw missing cells.
     """
 
@@ -192,8 +193,9 @@ class NumberCells(nn.Module):
         anchor = column.anchor
         if column.step:
             regular = anchor + np.round((regular - anchor) / column.step) * column.step
-        ends = dict(lower=column.lower, upper=column.upper)
-        hist = Histogram.fit(regular, step=column.step, max_bins=max_bins, **ends)
+        hist = Histogram.fit(
+            regular, step=column.step, lower=column.lower, upper=column.upper, max_bins=max_bins
+        )
         count = np.array([(held == a).sum() for a in column.atoms], float) + 0.1
         share = max(float((~atom).sum()), 0.1)
         mass = np.concatenate([hist.bin_mass.numpy() * share, count])
@@ -273,7 +275,7 @@ class NumberCells(nn.Module):
         return Encoded(cell, inside, upper, width, offset)
 
     def features(self, x: Tensor) -> Tensor:
-        """Normal score, standardized value, waves of the rank, atoms, missing; shape (N, num_features)."""
+        """Normal score, standardized value, waves of the rank, atoms, missing; shape (N, F)."""
         gone = x.isnan()
         x = x.nan_to_num(float(self.loc))
         parts = [self.scores(x)[0].clamp(-6, 6), ((x - self.loc) / self.scale).clamp(-6, 6)]

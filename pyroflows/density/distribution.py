@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,7 +16,7 @@ __all__ = ["TableDistribution"]
 
 
 class TableDistribution(dist.TorchDistribution):
-    r"""The joint density of number columns as a continuous distribution over vectors, columns in the table's order.
+    r"""The joint density of number columns, in the table's order, as a distribution of vectors.
 
     Lattice columns have the density that their dequantized values have, point masses none.
     ``log_prob`` is differentiable in its argument almost everywhere (the histogram bins have
@@ -35,7 +36,7 @@ class TableDistribution(dist.TorchDistribution):
     def __init__(
         self,
         model: TableModel,
-        batch_shape: torch.Size = torch.Size(),
+        batch_shape: Sequence[int] = (),
         *,
         validate_args: bool | None = None,
     ) -> None:
@@ -47,7 +48,8 @@ class TableDistribution(dist.TorchDistribution):
         if names or model.num_given:
             given = [model.schema.columns[j].name for j in model.order[: model.num_given]]
             raise ValueError(
-                f"distribution() needs number targets and no given columns; labels: {names}, given: {given}. "
+                f"distribution() needs number targets and no given columns; "
+                f"labels: {names}, given: {given}. "
                 "Fit the wanted columns alone, e.g. DensityEstimator(target=[...], given=[])"
             )
         self.model = model
@@ -79,7 +81,7 @@ class TableDistribution(dist.TorchDistribution):
         )
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws, shape (*sample_shape, *batch_shape, D), in torch's default dtype."""
         shape = self._extended_shape(torch.Size(sample_shape))
         blank = torch.full((shape[:-1].numel(), shape[-1]), torch.nan, dtype=torch.float64)
@@ -88,7 +90,7 @@ class TableDistribution(dist.TorchDistribution):
         ]
         return torch.cat(parts).view(shape).to(torch.get_default_dtype())
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> TableDistribution:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> TableDistribution:
         """The same with another batch shape."""
         return type(self)(self.model, torch.Size(batch_shape), validate_args=self._validate_args)
 

@@ -1,4 +1,4 @@
-"""The density estimator of tables, with scikit-learn's conventions and a DataFrame on both sides."""
+"""The density estimator of tables: scikit-learn's conventions, DataFrames on both sides."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ class DensityEstimator:
         for name, value in params.items():
             if name not in self._names():
                 raise ValueError(
-                    f"Invalid parameter {name!r} for estimator {self}. Valid parameters are: {self._names()}."
+                    f"Invalid parameter {name!r} for estimator {self}. "
+                    f"Valid parameters are: {self._names()}."
                 )
             setattr(self, name, value)
         return self
@@ -169,7 +170,7 @@ class DensityEstimator:
         return hasattr(self, "model_")
 
     def set_output(self, *, transform: str | None = None) -> DensityEstimator:
-        """Whether tables come back as ``"pandas"`` (default) or as NumPy arrays (``"default"``)."""
+        """Whether tables come back as ``"pandas"`` or, with ``"default"``, as arrays."""
         if transform not in (None, "pandas", "default"):
             raise ValueError(
                 f"set_output: transform must be 'pandas', 'default' or None; got {transform!r}"
@@ -185,7 +186,9 @@ class DensityEstimator:
 
     def _ready(self) -> TableModel:
         if not hasattr(self, "model_"):
-            message = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with a table first."
+            message = (
+                f"This {type(self).__name__} is not fitted yet. Call 'fit' with a table first."
+            )
             if "sklearn" in sys.modules:
                 from sklearn.exceptions import NotFittedError as Theirs
 
@@ -209,7 +212,8 @@ class DensityEstimator:
             frame = frame[keep] if partial or len(keep) == len(names) else frame
         if not named and frame.shape[1] != len(names):
             raise ValueError(
-                f"X has {frame.shape[1]} features, but {type(self).__name__} is expecting {len(names)} features as input"
+                f"X has {frame.shape[1]} features, but {type(self).__name__} is expecting "
+                f"{len(names)} features as input"
             )
         strings = all(isinstance(c, str) for c in frame.columns)
         if named and not partial and strings and hasattr(self, "feature_names_in_"):
@@ -244,7 +248,8 @@ class DensityEstimator:
             frame = frame.set_axis(names, axis=1) if frame.shape[1] == len(names) else frame
         elif not named and hasattr(self, "feature_names_in_"):
             warnings.warn(
-                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names",
+                f"X does not have valid feature names, but {type(self).__name__} "
+                "was fitted with feature names",
                 stacklevel=3,
             )
         return frame
@@ -295,7 +300,7 @@ class DensityEstimator:
             )
         if len(frame) == 0:
             raise ValueError(
-                f"Found table with 0 sample(s) (shape={frame.shape}) while a minimum of 1 is required."
+                f"0 sample(s) (shape={frame.shape}) while a minimum of 1 is required."
             )
         if self.missing not in ("ignore", "model"):
             raise ValueError(f"missing must be 'ignore' or 'model'; got {self.missing!r}")
@@ -317,7 +322,7 @@ class DensityEstimator:
     def fit_file(
         self, path: Any, *, in_memory: int = 1_000_000, sample_rows: int = 200_000
     ) -> DensityEstimator:
-        """Fit a CSV or Parquet file (or a folder of them), streaming it if it has more rows than ``in_memory``.
+        """Fit CSV or Parquet, streamed if it has more rows than ``in_memory``.
 
         The schema, scales and held-out rows then come from a random sample; training rows stream
         in shuffled chunks, row groups in random order.
@@ -374,7 +379,8 @@ class DensityEstimator:
         both = [c for c in target if c in given]
         if unknown or both or not target:
             raise ValueError(
-                f"target and given must be disjoint columns of the table, at least one target; unknown: {unknown}, in both: {both}"
+                "target and given must be disjoint columns of the table, at least one target; "
+                f"unknown: {unknown}, in both: {both}"
             )
         return target, given
 
@@ -508,7 +514,8 @@ class DensityEstimator:
                 lr=self.learning_rate / 3,
                 max_time=self.max_time,
                 generator=generator,
-                **budget,
+                steps=budget["steps"],
+                batch_size=budget["batch_size"],
             )
         model.eval()
         import pandas as pd
@@ -549,7 +556,7 @@ class DensityEstimator:
         return torch.from_numpy(self.schema_.encode(self._frame(X, partial=True), partial=True))
 
     def predict_outliers(self, X: Any, contamination: float = 0.01) -> np.ndarray:
-        """True for rows less likely than the share ``contamination`` of held-out rows of the fit, shape (rows,)."""
+        """True for rows less likely than this share of the held-out rows of the fit."""
         if not 0 < contamination < 1:
             raise ValueError(f"contamination must lie in (0, 1); got {contamination}")
         self._ready()
@@ -557,7 +564,7 @@ class DensityEstimator:
         return self.score_samples(X) < threshold
 
     def pit(self, X: Any, random_state: Any = 0) -> pd.DataFrame:
-        """Probability integral transforms F(x_t | earlier columns) of the number targets, uniform if the model is right.
+        """Probability integral transforms F(x_t | earlier columns): uniform if the model is right.
 
         Point masses and lattice cells are spread uniformly over their jump.
         """
@@ -649,15 +656,13 @@ class DensityEstimator:
     def _fill(
         self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False
     ) -> Tensor:
-        """N completions of each row, shape (N, n, D)."""
+        """Several completions of each row, shape (N, n, D)."""
         model = self._ready()
         out = []
-        first, last = (
-            model._gaps(values[:, model.order[model.num_given :]].T.isnan())
-            if len(values)
-            else (None, None)
-        )
-        weigh = bool(len(values)) and bool((last > first).any())
+        weigh = False  # whether an observed cell comes after a missing one
+        if len(values):
+            first, last = model._gaps(values[:, model.order[model.num_given :]].T.isnan())
+            weigh = bool((last > first).any())
         draws = max(self.draws, n) if weigh else n
         for part in values.split(max(1, 32768 // max(draws, 1))):
             filled, log_w, _ = model.particles(
@@ -733,7 +738,7 @@ class DensityEstimator:
         filled = None
         for t in places:
             column = columns[model.order[model.num_given + t]]
-            if t == 0:
+            if t == 0 and model.num_given:
                 with torch.no_grad():
                     _, _, features, state, _ = next(model.walk(values))
                     net, s = model.conditional(0, features, state)
@@ -785,10 +790,12 @@ class DensityEstimator:
 
         model, values = self._ready(), self._given(given)
         places = self._open(values)
-        if places == [0]:
-            grid = (np.arange(200) + 0.5) / 200
-            table = self.quantile(given, grid)
-            return table.T.groupby(level=0, sort=False).mean().T if len(table) else table
+        if places == [0] and model.num_given:
+            column = self.schema_.columns[model.order[model.num_given]]
+            with torch.no_grad():
+                _, _, features, state, _ = next(model.walk(values))
+                x = model.mean(0, *model.conditional(0, features, state))
+            return pd.DataFrame({column.name: _times(column, x.numpy())})
         filled = self._fill(values, draws, self._generator(random_state)).numpy()
         out = {}
         for t in places:
@@ -828,7 +835,7 @@ class DensityEstimator:
         return frame
 
     def distribution(self) -> dist.TorchDistribution:
-        """The joint density of number targets as a Pyro distribution over real vectors, in the columns' order.
+        """The joint density of number targets as a Pyro distribution over vectors.
 
         Raises:
             ValueError: If a target is a label or columns are given.
@@ -860,7 +867,7 @@ def _times(column: Any, x: np.ndarray) -> Any:
 def _weights(weight: Any, n: int) -> np.ndarray:
     if weight is None:
         return np.ones(n)
-    if isinstance(weight, numbers.Number):
+    if isinstance(weight, numbers.Real):
         return np.full(n, float(weight))
     out = np.array(weight, dtype=float)
     if out.ndim != 1 or len(out) != n:

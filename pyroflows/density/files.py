@@ -63,16 +63,16 @@ def read_header(path: Any) -> dict[str, Any]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not a saved DensityEstimator (format {header.get('format')!r}, expected {FORMAT!r})"
+            f"{path} is not a saved DensityEstimator: its format is {header.get('format')!r}"
         )
     if header["version"] > VERSION:
         raise ValueError(
-            f"{path} has format version {header['version']}; this pyroflows reads up to {VERSION}: upgrade it"
+            f"{path} has format version {header['version']}; this pyroflows reads up to {VERSION}"
         )
     return header
 
 
-def load(kind: type, path: Any, *, device: str = "cpu") -> Any:
+def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
     """Read a fitted estimator of class ``kind``."""
     import pandas as pd
     from safetensors.torch import load_file

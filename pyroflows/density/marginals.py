@@ -1,9 +1,10 @@
 """One column at a time: an adaptive histogram and a smooth map to normal scores, both exact.
 
-A numeric column is described twice. The *histogram* (a density tree with generalized Pareto tails) owns what is abrupt:
-recording steps, caps, spikes, gaps. The *smooth map* s(x), a monotone rational-quadratic spline through few quantiles,
-gives the scale on which a conditional mixture of logistics is a good model. The conditional densities of
-:mod:`pyroflows.density.network` are mixtures of components of both kinds.
+A numeric column is described twice. The *histogram* (a density tree with generalized Pareto tails)
+owns what is abrupt: recording steps, caps, spikes, gaps. The *smooth map* s(x), a monotone
+rational-quadratic spline through few quantiles, gives the scale on which a conditional mixture of
+logistics is a good model. The conditional densities of :mod:`pyroflows.density.network` are
+mixtures of components of both kinds.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ __all__ = ["Histogram", "NormalScores", "density_tree", "value_cells"]
 def value_cells(values: np.ndarray, count: np.ndarray, step: float | None) -> np.ndarray:
     """The interval [lo, hi) that each distinct value stands for, shape (n, 2).
 
-    A lattice value stands for its recording cell; a continuous one for as much of the gaps beside it as the local
-    spacing fills, so that the end of a dense stretch is not smeared into an empty one.
+    A lattice value stands for its recording cell; a continuous one for as much of the gaps beside
+    it as the local spacing fills, so that the end of a dense stretch is not smeared into an empty
+    one.
     """
     if step:
         return np.stack([values - step / 2, values + step / 2], 1)
@@ -41,10 +43,11 @@ def value_cells(values: np.ndarray, count: np.ndarray, step: float | None) -> np
 def density_tree(
     cells: np.ndarray, count: np.ndarray, *, max_leaves: int, penalty: float
 ) -> np.ndarray:
-    """Edges of an adaptive histogram, in the order in which greedy best-first splitting finds them.
+    """Edges of an adaptive histogram, in the order in which greedy splitting finds them.
 
-    A leaf is cut in two at the edge of a cell, or in three around a window of consecutive cells (a spike or a gap that
-    no single cut would reveal), wherever the log-likelihood grows most; it stays whole when that gains less than ``penalty``.
+    A leaf is cut in two at the edge of a cell, or in three around a window of consecutive cells (a
+    spike or a gap that no single cut would reveal), wherever the log-likelihood grows most; it
+    stays whole when that gains less than ``penalty``.
 
     Args:
         cells: Disjoint increasing intervals, shape (n, 2).
@@ -122,8 +125,8 @@ class Histogram(nn.Module):
     .. math:: f(x) = m_i / w_i \text{ in piece } i, \qquad
         f(x_n + t) = \frac{m_n}{\beta}\,(1 + \xi t/\beta)^{-1 - 1/\xi} \text{ beyond the last edge}
 
-    Bin 0 is the lower tail and the last bin the upper one; the bins between are unions of neighbouring pieces. A conditional model
-    reweights the bins and keeps the shape inside.
+    Bin 0 is the lower tail and the last bin the upper one; the bins between are unions of
+    neighbouring pieces. A conditional model reweights the bins and keeps the shape inside.
 
     Args:
         edges: Increasing edges of the pieces, shape (n + 1,).
@@ -180,7 +183,7 @@ class Histogram(nn.Module):
         return group, torch.where(x.isnan(), x, out)
 
     def log_cell(self, x: Tensor, step: float) -> tuple[Tensor, Tensor]:
-        """The bin of the lattice cell around each x and its log-share of the bin, per unit of x."""
+        """The bin of the lattice cell around x and its log-share of the bin, per unit of x."""
         group, out = self.log_density(x)
         for side, sign in ((0, -1.0), (1, 1.0)):
             excess = sign * (x - self.edges[-side])
@@ -269,7 +272,8 @@ class Histogram(nn.Module):
                 penalty=1.5 * math.log(n + 1) + 2,
             )
             coarse = inner[: max_bins // 2]
-            # Equal shares between the cuts, but never inside a stretch that is one level or holds too few values.
+            # Equal shares between the cuts, but never inside a stretch that is one level or holds
+            # too few values.
             shares = int(min(max_bins // 2, n // 150))
             fine = (
                 np.quantile(values, np.linspace(0, 1, shares + 1)[1:-1])
@@ -324,7 +328,7 @@ def tails(
     *,
     floor: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shape of the tails beyond lo and hi; a tail that ends at a bound is uniform up to it (shape -1)."""
+    """Scale and shape of the tails beyond lo and hi; uniform (shape -1) up to a bound."""
     out = []
     for sign, end, bound in ((-1, lo, lower), (1, hi, upper)):
         beta, xi = tail_index(sign * values)
@@ -335,10 +339,11 @@ def tails(
 
 
 def tail_index(values: np.ndarray) -> tuple[float, float]:
-    """Scale and shape of the generalized Pareto law of exceedances over the maximum, by L-moments of the top values.
+    """Scale and shape of the generalized Pareto law beyond the maximum, by L-moments.
 
     References:
-        Hosking and Wallis (1987), Parameter and quantile estimation for the generalized Pareto distribution.
+        Hosking and Wallis (1987), Parameter and quantile estimation for the generalized Pareto
+        distribution.
     """
     k = int(min(max(10, len(values) // 50), 500, len(values) - 1))
     if k < 5:
@@ -359,7 +364,8 @@ class NormalScores(nn.Module):
     r"""A smooth increasing map s of the real line that makes a column roughly standard normal.
 
     A monotone rational-quadratic spline through quantiles, and beyond its ends
-    :math:`s(x_K + t) = z_K + s'_K\,\frac{\beta}{\xi}\log(1 + \xi t / \beta)`, which maps Pareto tails to exponential ones.
+    :math:`s(x_K + t) = z_K + s'_K\,\frac{\beta}{\xi}\log(1 + \xi t / \beta)`, which maps Pareto
+    tails to exponential ones.
 
     Args:
         knots: Increasing x, shape (K,), K >= 2.
@@ -434,8 +440,8 @@ class NormalScores(nn.Module):
     ) -> NormalScores:
         """The map of a sample of at least one finite value.
 
-        A small sample gets a straight line, unless its shape is far from normal: a mixture on the original scale then needs fewer
-        parameters than the map would.
+        A small sample gets a straight line, unless its shape is far from normal: a mixture on the
+        original scale then needs fewer parameters than the map would.
         """
         n = len(values)
         spread = float(np.std(values))
@@ -466,7 +472,8 @@ class NormalScores(nn.Module):
                     slopes[side] = max(slopes[side], 1 / scale[side])
                 else:
                     scale[side] = max(scale[side], 1e-3 / slopes[side])
-                    # Mills' ratio: beyond z an exponential tail of scale beta has normal scores of slope 1 / (beta z).
+                    # Mills' ratio: beyond z an exponential tail of scale beta has normal scores of
+                    # slope 1 / (beta z).
                     best = 1 / (scale[side] * max(edge, 1.0))
                     slopes[side] = float(np.clip(best, slopes[side] / 10, slopes[side] * 3))
         as_tensor = torch.as_tensor

@@ -16,7 +16,7 @@ State = tuple[Tensor, Tensor]  # log weights (N, K), whitened numbers so far (N,
 
 
 class MixedMixture(nn.Module):
-    r"""K classes: full-covariance Gaussians of the normal scores, independent labels within a class.
+    r"""K classes: Gaussians of the normal scores, independent labels within a class.
 
     .. math:: p(s, \ell) = \sum_k \pi_k\, N(s; \mu_k, L_k L_k^\top) \prod_j \theta_{kj}(\ell_j)
 
@@ -62,7 +62,7 @@ class MixedMixture(nn.Module):
         return self.log_weight.expand(n, k).clone(), self.mean.new_zeros(n, k, d)
 
     def predict(self, j: int, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-weights (N, K) and the mean (N, K) and standard deviation (1, K) of number column j."""
+        """Log-weights (N, K), mean (N, K) and standard deviation (1, K) of number column j."""
         log_w, e = state
         i = self.place[j]
         row = self.chol[:, i]
@@ -162,7 +162,7 @@ class MixedMixture(nn.Module):
             ):
                 break
             for _ in range(2 if n < 5000 and k > 1 else 1):
-                resp = _seeded(flat, k, generator)
+                resp, last = _seeded(flat, k, generator), -math.inf
                 for step in range(iterations if k > 1 else 1):
                     model = cls._maximize(resp, numbers, hot, freq, spread, is_label)
                     joint = model._joint(numbers, hot)
@@ -180,7 +180,16 @@ class MixedMixture(nn.Module):
         return best
 
     @classmethod
-    def _maximize(cls, resp, numbers, hot, freq, spread, is_label) -> MixedMixture:  # noqa: ANN001
+    def _maximize(
+        cls,
+        resp: Tensor,
+        numbers: Tensor,
+        hot: list[Tensor],
+        freq: list[Tensor],
+        spread: Tensor,
+        is_label: list[bool],
+    ) -> MixedMixture:
+        """Parameters from responsibilities (N, K)."""
         n, k = resp.shape
         count = resp.sum(0)
         mean = (resp.T @ numbers) / count.clamp_min(1e-9)[:, None]

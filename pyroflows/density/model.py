@@ -56,14 +56,20 @@ class Rows:
 
     def to(self, device: torch.device) -> Rows:
         """The network's inputs on a device; raw values stay."""
-        moved = (x.to(device) for x in (self.features, self.cell, self.parts, self.missing))
-        return Rows(*moved, self.raw)
+        return Rows(
+            self.features.to(device),
+            self.cell.to(device),
+            self.parts.to(device),
+            self.missing.to(device),
+            self.raw,
+        )
 
 
 class TableModel(nn.Module):
-    r"""p(targets | given) as a product over columns in a fixed order, columns that may be missing last.
+    r"""p(targets | given), a product over columns in a fixed order, seldom complete ones last.
 
-    .. math:: p(x_t \mid x_{<t}) = (1 - \alpha_t)\, \frac1M \sum_m p_m(x_t \mid x_{<t}) + \alpha_t\, q(x_t \mid x_{<t})
+    .. math:: p(x_t \mid x_{<t}) = (1 - \alpha_t)\, \frac1M \sum_m p_m(x_t \mid x_{<t}) +
+    \alpha_t\, q(x_t \mid x_{<t})
 
     with M networks per column and, for small tables, a mixed mixture q; every term is an exact
     conditional density. One network call per column in either direction.
@@ -219,7 +225,7 @@ class TableModel(nn.Module):
     # ------------------------------------------------------------------ densities
 
     def net_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
-        """Log-densities of the target cells under every network, and log-odds of being missing, both (M, T, N).
+        """Log-densities of the target cells and log-odds of being missing, both (M, T, N).
 
         Without ``atoms``, point masses get no probability. Unknown labels and missing cells get
         some number for the caller to replace.
@@ -256,7 +262,7 @@ class TableModel(nn.Module):
         return torch.stack(log_p, 1), torch.stack(gone, 1)
 
     def _floored(self, out: Tensor, kind: int, only: int | None = None) -> Tensor:
-        """Outputs with normalized logits, the weights of the bins mixed with a little of the marginal ones.
+        """Outputs with normalized logits, the bins mixed with a little of the marginal ones.
 
         A row that contradicts what the networks have learned then costs -log(FLOOR) nats more than
         its marginal density, not any number.
@@ -286,7 +292,7 @@ class TableModel(nn.Module):
         return torch.stack(out)
 
     def column_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
-        """Log-densities of target cells (0 where missing) and log-probabilities of their (non-)missingness, both (T, N)."""
+        """Log-densities of target cells (0 where missing) and of their pattern, both (T, N)."""
         log_p, odds = self.net_log_prob(rows.to(self.device), atoms=atoms)
         gone = odds.sigmoid().mean(0).clamp(1e-7, 1 - 1e-7).cpu().double()
         gone = torch.where(self.has_missing.cpu()[:, None], gone, 1e-7)
@@ -348,7 +354,7 @@ class TableModel(nn.Module):
         return torch.where(missing, place, t).amin(0), torch.where(missing, -1, place).amax(0)
 
     def walk(self, values: Tensor) -> Iterator[tuple[int, int, Tensor, Any, Tensor]]:
-        """Yield (t, place, features, state of the simple model before the column, raw rows) for each target in order."""
+        """Yield (t, place, features, state of the simple model, raw rows) for each target."""
         raw = values[:, self.order]
         features = torch.cat([c.features(raw[:, i]) for i, c in enumerate(self.cells)], 1)
         q = self.mixture if self.mixture is not None and bool((self.alpha > 0).any()) else None
@@ -356,14 +362,14 @@ class TableModel(nn.Module):
         for i, c in enumerate(self.cells):
             if i >= self.num_given:
                 yield i - self.num_given, i, features, state, raw
-            if q is not None:
+            if q is not None and state is not None:
                 e = c.encode(raw[:, i])
                 state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(raw[:, i], e))
 
     # ------------------------------------------------------------------ sampling
 
     def conditional(self, t: int, features: Tensor, q_state: Any) -> tuple[Tensor, Any]:
-        """Outputs of the M networks of target t, shape (M, N, P), and the simple model's prediction."""
+        """Outputs of the M networks of target t, shape (M, N, P), and the state as it came."""
         kind, i = self.place[t]
         rows = [m * self.sizes[kind] + i for m in range(self.members)]
         out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i)
@@ -423,8 +429,10 @@ class TableModel(nn.Module):
         if kind:
             log_p = out[..., 1:].log_softmax(-1).gather(-1, cell[..., None])[..., 0] + e.inside
         else:
-            parts = (p.float().expand(m, n) for p in e[1:])
-            log_p = mixture_log_prob(out[..., 1:], cell, *parts, self.bins[0])
+            inside, upper, width, offset = (p.float().expand(m, n) for p in e[1:])
+            log_p = mixture_log_prob(
+                out[..., 1:], cell, inside, upper, width, offset, self.bins[0]
+            )
         log_p = log_p.double().logsumexp(0) - math.log(m)
         if q_state is not None:
             simple = self.mixture.log_prob(
@@ -547,7 +555,7 @@ class TableModel(nn.Module):
     # ------------------------------------------------------------------ distribution functions
 
     def cdf(self, t: int, x: Tensor, out: Tensor, q_state: Any) -> Tensor:
-        """P(X <= x) for number target t at values x, shape (N,), given outputs of :meth:`conditional`."""
+        """P(X <= x) for number target t, shape (N,), given outputs of :meth:`conditional`."""
         c = self.targets[t]
         half = c.step / 2
         x = c.snap(x) + half if c.step > 0 else x
@@ -576,8 +584,19 @@ class TableModel(nn.Module):
         total = torch.where(x < c.bounds[0], 0.0, total)
         return torch.where(x >= c.bounds[1], 1.0, total).clamp(0, 1)
 
+    def mean(self, t: int, out: Tensor, q_state: Any) -> Tensor:
+        """Mean of number target t, shape (N,), from its distribution function at 400 points."""
+        c = self.targets[t]
+        s = torch.linspace(-10, 10, 401, dtype=torch.float64)
+        x = torch.cat([c.keep(c.scores.inverse(s)), c.atoms]).unique()
+        step = c.step if c.step > 0 else 0.0
+        f = torch.stack([self.cdf(t, v.expand(out.shape[1]), out, q_state) for v in x])
+        middle = (x[:-1] + step + x[1:]) / 2
+        share = f.diff(dim=0) / (f[-1] - f[0]).clamp_min(1e-9)
+        return (middle[:, None] * share).sum(0) if len(x) > 1 else x.expand(out.shape[1])
+
     def icdf(self, t: int, p: Tensor, out: Tensor, q_state: Any) -> Tensor:
-        """Smallest x with P(X <= x) >= p for number target t, shape (N,), by bisection over normal scores."""
+        """Smallest x with P(X <= x) >= p for number target t, by bisection; shape (N,)."""
         c = self.targets[t]
         lo, hi = torch.full_like(p, -30.0), torch.full_like(p, 30.0)
         for _ in range(50):

@@ -34,7 +34,8 @@ def mixture_log_prob(
     r"""Log-density of cells under a mixture of histogram bins and logistics of the normal scores.
 
     .. math:: p = w_{b(x)}\, f(x \mid b) + \sum_k w_k
-        \Big[\sigma\big(\tfrac{s^+ - \mu_k}{\sigma_k}\big) - \sigma\big(\tfrac{s^- - \mu_k}{\sigma_k}\big)\Big] e^{offset}
+        \Big[\sigma\big(\tfrac{s^+ - \mu_k}{\sigma_k}\big) - \sigma\big(\tfrac{s^- -
+        \mu_k}{\sigma_k}\big)\Big] e^{offset}
 
     The difference is :math:`\sigma(a)\,\sigma(\delta - a)\,(1 - e^{-\delta})` with :math:`\delta`
     the width, exact in logarithms however narrow the cell.
@@ -62,9 +63,10 @@ def mixture_log_prob(
 
 
 class ColumnNets(nn.Module):
-    r"""G independent residual networks over shared features, each seeing only the features its mask allows.
+    r"""G independent residual networks over shared features, each seeing what its mask allows.
 
-    .. math:: h_0 = \phi(W_0 x + b_0), \quad h_{l} = h_{l-1} + \phi(W_l h_{l-1} + b_l), \quad out = W h_L + V x + b
+    .. math:: h_0 = \phi(W_0 x + b_0), \quad h_{l} = h_{l-1} + \phi(W_l h_{l-1} + b_l), \quad out =
+    W h_L + V x + b
 
     The networks fall into groups with different numbers of outputs. All outputs are independent of
     the features at initialization.

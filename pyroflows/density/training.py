@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyroflows.density.columns import NEVER
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import Rows, TableModel
+from pyroflows.density.network import ColumnNets
 
 __all__ = ["column_scores", "default_settings", "fit_mixture", "plan", "stack", "train"]
 
@@ -37,9 +38,10 @@ def plan(
     seconds: float | None = None,
     steps: int | None = None,
 ) -> dict[str, int]:
-    """Batch size and optimizer steps for n rows: at most 60 passes, and what fits the budget on one core of 2020.
+    """Batch size and optimizer steps for n rows: what fits the budget on one core of 2020.
 
-    The plan depends on sizes alone, so that a seed gives one result; the clock cuts it short only on slower machines.
+    The plan depends on sizes alone, so that a seed gives one result; the clock cuts it short only
+    on slower machines.
     """
     batch = batch_size or (64 if n < 1000 else 256 if n < 15000 else 1024)
     batch = min(batch, n)
@@ -60,7 +62,7 @@ def plan(
 
 
 class _Loss(nn.Module):
-    """Negative log-likelihood of a batch: what DistributedDataParallel needs to see as a forward pass."""
+    """Negative log-likelihood of a batch, as a forward pass for DistributedDataParallel."""
 
     def __init__(self, model: TableModel) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class _Loss(nn.Module):
 
 
 def _column_terms(model: TableModel, rows: Rows) -> Tensor:
-    """Log-likelihood contributions of cells under each network, missing ones included, shape (M, T, N)."""
+    """Log-likelihood of cells and of their pattern under each network, shape (M, T, N)."""
     log_p, odds = model.net_log_prob(rows)
     known = ~rows.missing & (rows.cell >= 0)
     log_p = torch.where(known, log_p, 0.0)
@@ -135,11 +137,12 @@ def train(
     report: Callable[[dict[str, float]], None] = lambda entry: None,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> list[dict[str, float]]:
-    """Maximum likelihood with averaged weights; each network ends where its own held-out rows liked its column best.
+    """Maximum likelihood; each network ends where its held-out rows liked its column best.
 
     Args:
         model: Trained in place.
-        shards: Yields (values, weights, fold) of training rows; fold m keeps a row from member m, -1 from none.
+        shards: Yields (values, weights, fold) of training rows; fold m keeps a row from member m,
+            -1 from none.
         valid: Held-out rows of all folds.
         fold: Their folds.
         rows: Training rows in one pass, for the history.
@@ -147,7 +150,8 @@ def train(
         batch_size: Rows per step.
         lr: Peak learning rate; a short warm-up, then a cosine to zero.
         weight_decay: Decoupled, on matrices.
-        max_time: Seconds of processor time (or of wall time, whichever runs slower) after which the schedule is over.
+        max_time: Seconds of processor time (or of wall time, whichever runs slower) after which
+            the schedule is over.
         patience: Checks without gain in any column before stopping.
         checks: Validations over the schedule.
         generator: Source of randomness for dropout-free shuffling.
@@ -168,7 +172,8 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
     average = copy.deepcopy(nets).requires_grad_(False)
-    mean, live = list(average.parameters()), list(nets.parameters())
+    live: list[Tensor] = list(nets.parameters())
+    mean: list[Tensor] = list(average.parameters())
     keeper = _Keeper(model, valid, fold)
     keeper.check(average)
     history: list[dict[str, float]] = []
@@ -201,7 +206,7 @@ def train(
                     skipped += 1
                     if skipped > 100:
                         raise RuntimeError(
-                            "DensityEstimator: 100 training steps had non-finite gradients; look for cells of absurd size"
+                            "100 steps had non-finite gradients: look for cells of absurd size"
                         )
                     step += 1
                     continue
@@ -250,7 +255,7 @@ def _agreed(share: float, device: torch.device) -> float:
 
 
 class _Keeper:
-    """The best averaged weights so far of every network, judged on the rows it did not train on."""
+    """The best averaged weights so far of every network, by rows it did not train on."""
 
     def __init__(self, model: TableModel, valid: Rows, fold: Tensor) -> None:
         self.model, self.valid = model, valid
@@ -263,8 +268,8 @@ class _Keeper:
         self.stale = 0
 
     @torch.no_grad()
-    def check(self, average: nn.Module) -> tuple[bool, float]:
-        """Compare; returns whether anything improved, and the validation nats of the best so far."""
+    def check(self, average: ColumnNets) -> tuple[bool, float]:
+        """Compare; returns whether anything improved, and the held-out nats of the best."""
         if not len(self.valid):
             for k, p in zip(self.kept, average.parameters(), strict=True):
                 k.copy_(p)
@@ -322,7 +327,8 @@ def stack(
     terms = column_scores(model, valid).double()
     net = terms.new_empty(t, len(valid))
     simple = terms.new_empty(t, len(valid))
-    # The ensemble average is better than a member alone; judging the members one by one favours the simple model a little.
+    # The ensemble average is better than a member alone; judging the members one by one favours
+    # the simple model a little.
     for m in range(model.members):
         at = (fold == m).nonzero()[:, 0]
         if len(at):
@@ -339,7 +345,7 @@ def stack(
 
 @torch.no_grad()
 def _pattern(model: TableModel, rows: Rows) -> Tensor:
-    """Log-probabilities of (non-)missingness under each network, (M, T, N), 0 for columns without missing cells."""
+    """Log-probabilities of the pattern of missing cells under each network, (M, T, N)."""
     model.eval()
     odds = model.net_log_prob(rows.to(model.device))[1].cpu()
     sign = torch.where(rows.missing, 1.0, -1.0)
