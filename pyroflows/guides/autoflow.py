@@ -114,7 +114,8 @@ class AutoFlow(AutoContinuous):
         )
         self._parameters["packed"] = _owned(nn.Parameter(self.transport.initial.clone()))
         if self.master is None:
-            self._create_plates(*args, **kwargs)  # NeuTraReparam asks for them
+            with poutine.block():
+                self._create_plates(*args, **kwargs)  # NeuTraReparam asks for them
         if self._pending_state is not None:
             state, self._pending_state = self._pending_state, None
             self.load_state_dict(state)

@@ -134,7 +134,7 @@ def draw(
         probe = guide.get_posterior().sample((3,))
         with torch.no_grad():
             density(probe)
-        vectorized = density._batched == density._native
+        vectorized = density._batched in (None, density._native)
     else:
         vectorized = True
     parts = []

@@ -97,9 +97,13 @@ class _Evaluation(Messenger):
         self.supports: dict[str, Any] = {}
 
     def _add(self, terms: Tensor) -> None:
-        plates = tuple(range(-self.nesting, 0))
-        per_particle = terms.sum(plates) if plates else terms
-        self.total = self.total + (per_particle if terms.dim() > self.nesting else terms.sum())
+        """Sum over the plates: what lies to the left of them is the batch."""
+        n = terms.dim() - self.nesting
+        if n <= 0:
+            terms = terms.sum()
+        elif self.nesting:
+            terms = terms.flatten(n).sum(-1)
+        self.total = self.total + terms
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         u = self.unconstrained.get(msg["name"])
@@ -208,13 +212,11 @@ class LatentDensity:
         )
 
     def _one_by_one(self, u: Tensor) -> Tensor:
-        return torch.stack([self._native(point) for point in u])
+        return torch.stack([self._or_nan(point) for point in u])
 
-    def _choose(self, u: Tensor) -> Callable[[Tensor], Tensor]:
+    def _choose(self, u: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The first way of evaluating a batch that agrees with single runs on some points."""
         probe = u.detach()[:3]
-        if len(probe) < 2:
-            return self._native
         state = torch.get_rng_state()
 
         def same_randomness(function: Callable[[], Tensor]) -> Tensor:
@@ -223,6 +225,10 @@ class LatentDensity:
 
         with torch.no_grad():
             expected = torch.stack([same_randomness(lambda p=p: self._or_nan(p)) for p in probe])
+            fine = expected.isfinite()
+            probe, expected = probe[fine], expected[fine]
+            if len(probe) < 2:
+                return None  # undecided
             tol = math.sqrt(torch.finfo(u.dtype).eps)
             for way in (self._native, torch.vmap(self._native, randomness="same")):
                 try:
@@ -250,7 +256,7 @@ class LatentDensity:
         if self._batched is None:
             self._batched = self._choose(flat)
         try:
-            return self._batched(flat).reshape(u.shape[:-1])
+            return (self._batched or self._native)(flat).reshape(u.shape[:-1])
         except torch.linalg.LinAlgError:  # one particle must not take the others with it
             return torch.stack([self._or_nan(point) for point in flat]).reshape(u.shape[:-1])
 

@@ -28,7 +28,7 @@ def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
 
 @dataclass
 class Gaussian:
-    """N(loc, scale_tril scale_tril^T) and its ELBO; shapes ``(D,)`` and ``(D, D)``, or ``(D,)`` if diagonal."""
+    """N(loc, scale_tril scale_tril^T) and its ELBO; ``(D,)`` and ``(D, D)``, or twice ``(D,)``."""
 
     loc: Tensor
     scale_tril: Tensor
