@@ -339,6 +339,8 @@ def test_bad_input_is_named(joint, table):
     with pytest.raises(ValueError, match="missing must be"):
         DensityEstimator(missing="drop").fit(table)
     assert np.isfinite(joint.score_samples(table.assign(kind="never seen").iloc[:3])).all()
+    with pytest.raises(ValueError, match=r"'kind' has no label \['w'\]; it has"):
+        joint.sample(2, {"kind": "w"})
 
 
 # ---------------------------------------------------------------------- conventions

@@ -651,7 +651,16 @@ class DensityEstimator:
                     f"this model is conditional: the given columns {absent} are missing"
                 )
             frame = frame[[c for c in frame.columns if c in names]]
-        return torch.from_numpy(self.schema_.encode(frame, partial=True))
+        values = self.schema_.encode(frame, partial=True)
+        for j, column in enumerate(self.schema_):
+            if column.is_label and (values[:, j] == len(column.levels)).any():
+                new = sorted(
+                    {str(v) for v in frame[column.name].dropna()} - {str(v) for v in column.levels}
+                )
+                raise ValueError(
+                    f"column {column.name!r} has no label {new}; it has {column.levels}"
+                )
+        return torch.from_numpy(values)
 
     def _fill(
         self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False

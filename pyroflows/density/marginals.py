@@ -389,7 +389,9 @@ class NormalScores(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores s(x) and log s'(x)."""
-        k = (torch.bucketize(x.detach(), self.knots) - 1).clamp(0, len(self.knots) - 2)
+        k = (torch.bucketize(x.detach().contiguous(), self.knots) - 1).clamp(
+            0, len(self.knots) - 2
+        )
         w, h = self.knots[k + 1] - self.knots[k], self.scores[k + 1] - self.scores[k]
         d0, d1, delta = self.slopes[k], self.slopes[k + 1], h / w
         t = ((x - self.knots[k]) / w).clamp(0, 1)
@@ -411,7 +413,7 @@ class NormalScores(nn.Module):
 
     def inverse(self, s: Tensor) -> Tensor:
         """The x with s(x) = s."""
-        k = (torch.bucketize(s, self.scores) - 1).clamp(0, len(self.knots) - 2)
+        k = (torch.bucketize(s.contiguous(), self.scores) - 1).clamp(0, len(self.knots) - 2)
         w, h = self.knots[k + 1] - self.knots[k], self.scores[k + 1] - self.scores[k]
         d0, d1, delta = self.slopes[k], self.slopes[k + 1], h / w
         y = (s - self.scores[k]).clamp_min(0).minimum(h)

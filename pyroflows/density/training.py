@@ -25,8 +25,10 @@ def default_settings(n: int, columns: int) -> dict[str, Any]:
     """Networks for a table of n rows: small tables get many small, strongly regularized ones."""
     if n < 2000:
         return dict(members=8, hidden_dim=32, components=3, dropout=0.2)
-    if n < 15000:
+    if n < 8000:
         return dict(members=4, hidden_dim=64, components=6, dropout=0.2)
+    if n < 25000:
+        return dict(members=2, hidden_dim=128, components=8, dropout=0.1)
     return dict(members=1, hidden_dim=128, components=8, dropout=0.0)
 
 
