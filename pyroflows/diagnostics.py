@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyroflows.guides.draws import GuideDraws, draw, importance_resample
 from pyroflows.guides.latent import LatentDensity
-from pyroflows.guides.prefit import Gaussian, normal_points, prefit
+from pyroflows.guides.prefit import normal_points, prefit
 from pyroflows.guides.weights import WeightSummary, pareto_k, smooth_weights, summarize_weights
 
 __all__ = ["Diagnosis", "diagnose", "importance_resample", "pareto_k", "to_arviz"]
@@ -77,51 +77,40 @@ class Diagnosis:
         return "\n".join(lines + [f"  Try: {a}." for a in self.advice])
 
 
-def _log_mean(log_weights: Tensor) -> tuple[float, float]:
-    """Log of the mean weight, and of the mean less two standard errors (-inf if negative)."""
-    top = log_weights.max()
-    if not top.isfinite():
-        return -math.inf, -math.inf
-    w = (log_weights - top).exp()
-    mean, error = w.mean().item(), w.std().item() / len(w) ** 0.5
-    low = mean - 2 * error
-    return top.item() + math.log(mean), top.item() + math.log(low) if low > 0 else -math.inf
-
-
-def _evidence_of(
-    gaussian: Gaussian, density: LatentDensity, like: Tensor, num: int, widen: float = 1.0
-) -> tuple[float, float]:
-    """Log-evidence from draws of a Gaussian, widened."""
-    z = normal_points(num, density.dim, like=like.double(), seed=7)
-    u = gaussian.loc + widen * z @ gaussian.scale_tril.T
-    scale = gaussian.scale_tril.diagonal().log().sum() + density.dim * math.log(widen)
-    log_q = -0.5 * (z.square().sum(-1) + density.dim * math.log(2 * math.pi)) - scale
-    log_p = density(u.to(like)).double().nan_to_num(-math.inf, posinf=-math.inf)
-    return _log_mean(log_p - log_q)
-
-
 def _search(
     draws: GuideDraws, model: Callable, args: tuple, kwargs: dict[str, Any], num: int
 ) -> tuple[float, float]:
-    """Largest log-evidence and its lower bound, from Gaussians other than the guide."""
+    """Log-evidence, and its lower bound, from a mixture of Gaussians that knows of other modes.
+
+    Its parts are the modes found from many starts, with the curvature there or matched scores, and
+    the moments of the guide's own draws, widened.
+    """
     density = LatentDensity(model, args, kwargs)
-    like = density.init_loc
     u = density.unconstrain(draws.values).double()
     u = u[u.isfinite().all(-1)]
-    proposals: list[tuple[Gaussian, float]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     if len(u) > 2 * density.dim:
         factor, bad = torch.linalg.cholesky_ex(torch.cov(u.T).reshape(density.dim, density.dim))
         if not bad:
-            own = Gaussian(u.mean(0), factor)
-            proposals += [(own, 2.0), (own, 1.2)]
-    _, candidates, _ = prefit(density, like)
-    best = max(c.elbo for c in candidates)
-    proposals += [
-        (c, 1.1) for c in candidates if c.elbo > best - 100.0 and c.scale_tril.dim() == 2
-    ]
+            parts += [(u.mean(0), widen * factor) for widen in (1.2, 2.0)]
+    frozen = density.frozen()
+    _, found, _ = prefit(frozen, density.init_loc, num_starts=16, num_modes=8)
+    parts += [(g.loc, 1.1 * g.scale_tril) for g in found[1:] if math.isfinite(g.elbo)]
+    mixture = [torch.distributions.MultivariateNormal(m, scale_tril=L) for m, L in parts]
+    z = normal_points(max(200, num // len(parts)), density.dim, like=u, seed=7)
+    points = torch.cat([m + z @ L.T for m, L in parts])
     with torch.no_grad():
-        found = [_evidence_of(g, density, like, num, widen) for g, widen in proposals]
-    return max(found, key=lambda pair: pair[1], default=(math.nan, -math.inf))
+        log_q = torch.stack([q.log_prob(points) for q in mixture]).logsumexp(0) - math.log(
+            len(parts)
+        )
+        log_p = (
+            frozen(points.to(density.init_loc)).double().nan_to_num(-math.inf, posinf=-math.inf)
+        )
+    log_w = log_p - log_q
+    top = log_w.max()
+    w = (log_w - top).exp()
+    low = w.mean() - 2 * w.std() / len(w) ** 0.5
+    return (top + w.mean().log()).item(), (top + low.clamp(min=0).log()).item()
 
 
 def diagnose(

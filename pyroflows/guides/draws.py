@@ -125,6 +125,18 @@ def draw(
         batch_size: Draws per run.
         **kwargs: Keyword arguments of both.
     """
+    with pyro.validation_enabled(False):  # so that NaN becomes a weight, not an error
+        return _draw(model, guide, args, kwargs, num_samples, batch_size)
+
+
+def _draw(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    num_samples: int,
+    batch_size: int,
+) -> GuideDraws:
     with torch.no_grad(), poutine.block():
         first = poutine.trace(guide).get_trace(*args, **kwargs)
         second = poutine.trace(poutine.replay(model, trace=first)).get_trace(*args, **kwargs)

@@ -209,7 +209,11 @@ class PathGradientELBO(ELBO):
             ok = all(bool(grad.isfinite().all()) for _, grad in paths)
             return paths if ok else []
         ok = torch.stack(
-            [g.isfinite().flatten(1).all(1) for _, g in paths if len(g) == self.num_particles]
+            [
+                g.isfinite().reshape(len(g), -1).all(1)
+                for _, g in paths
+                if len(g) == self.num_particles
+            ]
         ).all(0)
         return [
             (

@@ -295,12 +295,21 @@ def _climb(target: Target, start: Tensor, num_steps: int = 100) -> Tensor:
     return mode if mode.isfinite().all() else start
 
 
+def _near(u: Tensor, gaussian: Gaussian) -> bool:
+    """Whether ``u`` lies within half a standard deviation of the mean."""
+    offset = (u - gaussian.loc)[:, None]
+    return bool(
+        torch.linalg.solve_triangular(gaussian.scale_tril, offset, upper=False).norm() < 0.5
+    )
+
+
 def prefit(
     log_density: Callable[[Tensor], Tensor],
     init_loc: Tensor,
     *,
     full_rank: bool = True,
     num_starts: int = 4,
+    num_modes: int = 2,
     num_steps: int = 60,
     batch_size: int = 32,
 ) -> tuple[Gaussian, list[Gaussian], int]:
@@ -311,6 +320,7 @@ def prefit(
         init_loc: Where to begin; shape ``(D,)``. Its type and device are those of the density.
         full_rank: Whether to fit full covariances, or diagonal ones, for many latents.
         num_starts: Starts of BFGS: ``init_loc`` and points around it.
+        num_modes: Distinct modes to consider.
         num_steps: Largest number of batch-and-match steps, each time it runs.
         batch_size: Points per batch-and-match step.
 
@@ -337,9 +347,10 @@ def prefit(
     consider(batch_and_match(target, start, num_steps=num_steps, batch_size=batch_size))
     spread = 2 * torch.tanh(normal_points(num_starts, D, like=loc, seed=1))
     modes, log_p = _bfgs(target, loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]]))
-    best = log_p.nan_to_num(-math.inf).argsort(descending=True)
-    distinct = [best[0]] + [i for i in best[1:2] if log_p[best[0]] - log_p[i] > 1e-2]
-    laplaces = [consider(laplace(target, modes[i])) for i in distinct]
+    laplaces: list[Gaussian] = []
+    for i in log_p.nan_to_num(-math.inf).argsort(descending=True):
+        if len(laplaces) < num_modes and not any(_near(modes[i], g) for g in laplaces):
+            laplaces.append(consider(laplace(target, modes[i])))
     for candidate in sorted(laplaces, key=lambda c: -c.elbo)[:1]:
         consider(batch_and_match(target, candidate, num_steps=num_steps, batch_size=batch_size))
         candidates[-1].method = "batch-and-match from Laplace"
