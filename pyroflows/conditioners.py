@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyroflows.numerics import functorch_active
 from pyroflows.perceptron import perceptron
 
 __all__ = ["Conv", "Dense", "Free", "Masked", "SequentialPass", "default_hidden_dims"]
@@ -320,7 +321,8 @@ class SequentialPass:
         self.net, self.batch_shape = net, batch_shape
         self.order: list[int] = net.order.tolist()
         self.known = 0
-        batch, grad = batch_shape.numel(), torch.is_grad_enabled()
+        # a buffer cannot take what torch.func wraps
+        batch, grad = batch_shape.numel(), torch.is_grad_enabled() or functorch_active()
         # sorted degrees make all that a unit sees a prefix, so the mask is not needed
         layers, from_context = net._unpack(net.weights)
         (first, bias), *hidden, (last, last_bias) = layers

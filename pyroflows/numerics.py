@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,16 +48,16 @@ def monotone_inverse(
 
     The root :math:`x_*` is found without gradients by Newton's method inside a shrinking bracket:
     a step that leaves the bracket, or is more than half of the one before, becomes a bisection.
-    Then one evaluation brings in the gradients of the implicit function theorem, to ``y`` and to
-    every tensor that ``forward`` closes over, without changing the value:
+    Then two more Newton steps, which leave the value alone, bring in the derivatives of the root
+    up to the third order, to ``y`` and to every tensor that ``forward`` closes over; the first:
 
     .. math:: dx = \frac{dy - \partial_\theta f(x_*; \theta) \, d\theta}{f'(x_*)}
 
-    Second derivatives are not those of the root. Where ``y`` lies outside f([low, high]), the
+    Where ``y`` lies outside f([low, high]), the
     nearer end is returned; NaN and infinities are returned as they are, with log-slope NaN, and
     disturb no other element.
 
-    Costs ``num_steps`` evaluations of ``forward`` at most, and two with gradients. Eager calls
+    Costs ``num_steps`` evaluations of ``forward`` at most, and three with gradients. Eager calls
     stop as soon as every element has converged; under `torch.compile` and `torch.func` the number
     of steps is fixed.
 
@@ -93,10 +94,11 @@ def monotone_inverse(
             if can_stop and (k + 1) % look_every == 0:
                 if bool((step.abs() <= 2 * eps * x.abs()).all()):
                     break
-    value, log_slope = forward(x)
     y_finite = torch.where(finite, y, torch.zeros_like(y))
-    # Zero, with the gradient of the residual.
-    change = (value - value.detach()) - (y_finite - y_finite.detach())
-    x = x - change * torch.exp(-log_slope.detach()).clamp_max(torch.finfo(y.dtype).max)
+    for _ in range(2):  # the first makes first derivatives right, the second those up to the third
+        value, log_slope = forward(x)
+        # Zero, with the derivatives of the residual.
+        change = (value - value.detach()) - (y_finite - y_finite.detach())
+        x = x - change * torch.exp(-log_slope.clamp_min(-math.log(torch.finfo(y.dtype).max)))
     log_slope = forward(x)[1]
     return torch.where(finite, x, y), torch.where(finite, log_slope, torch.full_like(y, torch.nan))

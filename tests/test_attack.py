@@ -97,3 +97,24 @@ def test_the_mode_changed_between_two_calls_is_seen():
     x = t.inv(y)
     t.eval()
     same(t.inv.log_abs_det_jacobian(y, x), t.inverse_and_log_det(y.clone())[1])
+
+
+# ------------------------------------------------------------------------------------ derivatives
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("name", ["planar", "sylvester", "affine_autoregressive"])
+def test_second_derivatives_of_an_inverse(name, context_dim):
+    t, y = build(name, context_dim), noise(name, 2).requires_grad_()
+    view = t.condition(contexts(context_dim, 2))
+
+    def inverse(y, *parameters):
+        return view._evaluate(y, inverse=True)
+
+    assert torch.autograd.gradgradcheck(inverse, (y, *t.parameters()), fast_mode=True)
+
+
+def test_vmap_over_an_inverse_without_gradients():
+    t, y = build("affine_autoregressive"), noise("affine_autoregressive", 4)
+    with torch.no_grad():
+        same(torch.func.vmap(t.inv)(y), t.inv(y))
