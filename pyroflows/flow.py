@@ -1,7 +1,7 @@
 """Flow: a base and a bijection, together a distribution that learns."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyro
 import torch
@@ -62,6 +62,8 @@ class Flow(PyroModule):
         ValueError: If base and transforms disagree on the event shape or on ``context_dim``.
         TypeError: If base or transforms are of the wrong kind.
     """
+
+    _registered: Mapping[str, Tensor] = {}  # what this flow gave to the param store
 
     def __init__(
         self,
@@ -191,6 +193,10 @@ class Flow(PyroModule):
         name = self._pyro_name or "flow"
         self._claim(name)
         pyro.module(name, self)
+        params = pyro.get_param_store()._params
+        self.__dict__["_registered"] = {
+            key: p for key, p in self._named_keys(name) if params.get(key) is p
+        }
 
     def _claim(self, name: str) -> None:
         """Make ``name`` in the param store this flow's.
@@ -199,13 +205,13 @@ class Flow(PyroModule):
         """
         store, owner = pyro.get_param_store(), _OWNERS.get(name)
         _OWNERS[name] = self
-        if owner is self:
-            return
         stored = {
             key: store._params[key]
-            for key, _ in self._named_keys(name)
-            if key in store._params and store._params[key] is not _
+            for key, parameter in self._named_keys(name)
+            if key in store._params and store._params[key] is not parameter
         }
+        for key in [k for k, value in stored.items() if self._registered.get(k) is value]:
+            del store[key], stored[key]  # it was ours: the module's parameter has been replaced
         if not stored:
             return
         if owner is not None and any(stored.get(k) is p for k, p in owner._named_keys(name)):
@@ -220,7 +226,8 @@ class Flow(PyroModule):
                 if stored[key].shape != parameter.shape:
                     raise RuntimeError(
                         f"the param store holds {key} of shape {tuple(stored[key].shape)}; this "
-                        f"flow expects {tuple(parameter.shape)}"
+                        f"flow expects {tuple(parameter.shape)}. Give the flow a name of its own, "
+                        "Flow(..., name=...), or forget the old one: pyro.clear_param_store()"
                     )
                 with torch.no_grad():
                     parameter.copy_(stored[key])

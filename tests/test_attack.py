@@ -2,10 +2,13 @@
 
 import copy
 
+import pyro
 import pyro.distributions.transforms as stock
 import pytest
 import torch
 from cases import build, contexts, noise
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform
 
 import pyroflows as pf
@@ -118,3 +121,53 @@ def test_vmap_over_an_inverse_without_gradients():
     t, y = build("affine_autoregressive"), noise("affine_autoregressive", 4)
     with torch.no_grad():
         same(torch.func.vmap(t.inv)(y), t.inv(y))
+
+
+# ---------------------------------------------------------------------------------- states, stores
+
+
+def test_a_loaded_mask_is_used():
+    source = T.affine_coupling(4, [8], mask=T.alternating_mask(4))
+    with torch.no_grad():
+        source.conditioner.weights.normal_()
+    target, x = T.affine_coupling(4, [8]), torch.randn(3, 4)
+    target.load_state_dict(source.state_dict())
+    same(target(x), source(x))
+
+
+def model_of(flow, data):
+    def model():
+        with pyro.plate("rows", len(data)):
+            pyro.sample("y", flow(), obs=data)
+
+    return SVI(model, lambda: None, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+
+
+def test_svi_learns_parameters_that_were_replaced():
+    flow, data = pf.realnvp(2, num_transforms=2, hidden_dims=[8]), 2 + torch.randn(32, 2)
+    svi = model_of(flow, data)
+    svi.step()
+    flow.load_state_dict({k: v.clone() for k, v in flow.state_dict().items()}, assign=True)
+    losses = [svi.step() for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_store_loaded_under_a_living_flow_is_used():
+    flow, data = pf.realnvp(2, num_transforms=2, hidden_dims=[8]), 2 + torch.randn(32, 2)
+    svi = model_of(flow, data)
+    for _ in range(3):
+        svi.step()
+    state = copy.deepcopy(pyro.get_param_store().get_state())
+    expected = flow.log_prob(data).detach().clone()
+    for _ in range(3):
+        svi.step()
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+    svi.evaluate_loss()
+    same(flow.log_prob(data).detach(), expected)
+
+
+def test_a_stored_flow_of_another_shape_says_what_to_do():
+    poutine.trace(lambda: pyro.sample("x", pf.realnvp(2, hidden_dims=[8])())).get_trace()
+    with pytest.raises(RuntimeError, match="clear_param_store"):
+        poutine.trace(lambda: pyro.sample("x", pf.realnvp(2, hidden_dims=[9])())).get_trace()

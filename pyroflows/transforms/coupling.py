@@ -79,9 +79,17 @@ class Coupling(Bijection):
         self.register_buffer("kept_index", kept)
         self.register_buffer("moved_index", moved)
         self.register_buffer("restore_index", torch.cat([kept, moved]).argsort())
-        # halves need no index: the number kept in front, or behind
-        front, behind = torch.equal(kept, torch.arange(len(kept))), moved[-1] == len(moved) - 1
+        self._find_halves()
+
+    def _find_halves(self) -> None:
+        """Halves need no index: 1 if the kept half is in front, -1 if behind, else 0."""
+        kept, moved = self.kept_index.tolist(), self.moved_index.tolist()
+        front, behind = kept[-1] == len(kept) - 1, moved[-1] == len(moved) - 1
         self._halves = 1 if front else -1 if behind else 0
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._find_halves()
 
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
         super()._check(value, event_dim, inverse)
@@ -93,7 +101,8 @@ class Coupling(Bijection):
 
     def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the kept and the moved part."""
-        if not self._halves:
+        # views of halves make torch.compile negate a gradient in place (inductor of torch 2.13)
+        if not self._halves or torch.compiler.is_compiling():
             return (
                 value.index_select(self.dim, self.kept_index),
                 value.index_select(self.dim, self.moved_index),
