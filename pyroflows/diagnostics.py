@@ -273,8 +273,9 @@ def to_arviz(
         and not isinstance(site["fn"], Unit)
         and name in draws.log_likelihood
     }
+    drawn = {**draws.values, **draws.deterministic}
     groups: dict[str, dict[str, Any]] = {
-        "posterior": {k: _array(v)[None] for k, v in draws.values.items()},
+        "posterior": {k: _array(v)[None] for k, v in drawn.items()},
         "sample_stats": {
             "log_weight": _array(draws.log_weights)[None],
             "lp": _array(draws.log_prob)[None],
@@ -288,7 +289,7 @@ def to_arviz(
             groups["posterior_predictive"] = {
                 k: _array(v)[None] for k, v in predicted.items() if k in observed
             }
-    named = _plate_dims(draws, {**{k: v[0] for k, v in draws.values.items()}, **observed})
+    named = _plate_dims(draws, {**{k: v[0] for k, v in drawn.items()}, **observed})
     named.update(dims or {})
     attrs = {"inference_library": "pyroflows", "inference_library_version": pyro.__version__}
     from_dict = functools.partial(arviz.from_dict, coords=dict(coords or {}), dims=named)

@@ -33,7 +33,8 @@ def schools(y, sigma):
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", 8):
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * theta, sigma), obs=y)
+        effect = pyro.deterministic("effect", mu + tau * theta)
+        pyro.sample("y", dist.Normal(effect, sigma), obs=y)
 
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -175,7 +176,11 @@ def test_to_arviz_and_loo():
         loo = arviz.loo(data)
     elpd = getattr(loo, "elpd_loo", None) or loo.elpd
     assert elpd == pytest.approx(-31, abs=1.5)
-    assert len(arviz.summary(data)) == 10
+    effect = data["posterior"]["effect"]
+    assert effect.dims == ("chain", "draw", "school")
+    by_hand = data["posterior"]["mu"] + data["posterior"]["tau"] * data["posterior"]["theta"]
+    np.testing.assert_allclose(effect, by_hand, rtol=1e-4, atol=1e-4)
+    assert len(arviz.summary(data)) == 18
 
 
 def test_to_arviz_takes_events_apart():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -30,6 +30,7 @@ class GuideDraws:
         log_prob: log p(x, z) in the sites' own space; shape ``(S,)``.
         log_likelihood: For each observed site its pointwise log-density, ``(S, *site batch)``.
         plates: For each site the names and (negative) axes of its plates, observed sites included.
+        deterministic: For each ``pyro.deterministic`` site, ``(S, *site)``.
     """
 
     values: dict[str, Tensor]
@@ -37,6 +38,7 @@ class GuideDraws:
     log_prob: Tensor
     log_likelihood: dict[str, Tensor]
     plates: dict[str, list[tuple[str, int]]]
+    deterministic: dict[str, Tensor] = field(default_factory=dict)
 
 
 def pointwise(fn: Any, value: Tensor) -> Tensor:
@@ -73,21 +75,23 @@ def _run(
             for t in terms
         ) + torch.zeros(num or 1, device=terms[0].device if terms else None)
 
-    values, likelihood, plates = {}, {}, {}
+    values, deterministic, likelihood, plates = {}, {}, {}, {}
     for name, site in model_trace.nodes.items():
         if site["type"] != "sample" or isinstance(site["fn"], Unit):
             continue
         frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_draws"]
         plates[name] = [(f.name, f.dim - site["fn"].event_dim) for f in frames]
         keep = max([-f.dim for f in frames], default=0)
-        if site["is_observed"]:
+        if site["infer"].get("_deterministic"):
+            deterministic[name] = _squeeze(site["value"], num, nesting, keep, site["fn"].event_dim)
+        elif site["is_observed"]:
             each = pointwise(site["fn"], site["value"])
             extra = each.dim() - site["log_prob"].dim()
             likelihood[name] = _squeeze(each, num, nesting, keep, extra)
         else:
             values[name] = _squeeze(site["value"], num, nesting, keep, site["fn"].event_dim)
     log_p, log_q = total(model_trace), total(guide_trace)
-    return GuideDraws(values, log_p - log_q, log_p, likelihood, plates)
+    return GuideDraws(values, log_p - log_q, log_p, likelihood, plates, deterministic)
 
 
 def _squeeze(value: Tensor, num: int, nesting: int, keep: int, event_dim: int) -> Tensor:
@@ -168,6 +172,7 @@ def _draw(
         log_prob=torch.cat([p.log_prob for p in parts]),
         log_likelihood=cat(lambda p: p.log_likelihood),
         plates=parts[0].plates,
+        deterministic=cat(lambda p: p.deterministic),
     )
 
 
