@@ -8,16 +8,17 @@ Two paths give the same numbers:
 
 - ``_reference``: differentiable operations on any shapes. It serves broadcast parameters,
   `torch.compile`, `torch.jit`, `torch.func`, forward mode, and all derivatives above the first.
-- ``_Map``: kernels for the rest, with an analytic backward. They save the inputs and the bin of
-  each element (7 or 8 numbers), and compute the softmaxes again; they work in the memory order of
-  the parameters, since the input is the smaller one to transpose; and they go through the tall
-  arrays of ``count_bins`` rows as few times as possible.
+- ``_Map``: kernels for the rest, with an analytic backward. They save the inputs and, for each
+  element, its bin and its place there (10 or 14 numbers), and compute the softmaxes again; they
+  work in the memory order of the parameters, since the input is the smaller one to transpose; and
+  they go through the tall arrays of ``count_bins`` rows as few times as possible. With few
+  elements the price is that of the calls, to be counted: a view costs as much as a product.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -80,7 +81,7 @@ class _Spline:
         B, K = self.bound, self.count_bins
         last = 2 * B * self.min_bin - B
         even = torch.linspace(-B, last, K + 1, dtype=like.dtype, device=like.device)
-        even[-1] = B  # exactly
+        even[-1].fill_(B)  # exactly
         return even
 
     def _reference(self, z: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -103,13 +104,13 @@ class _Spline:
         ]
         if self._values_per_bin:
             bins.append(params[3 * K - 1 :].expand(-1, *z.shape).gather(0, at[:1])[0])
-        out, log_slope = self._bin(inner, *bins, inverse=inverse)
+        out, log_slope, *_ = self._bin(inner, *bins, inverse=inverse)
         inside = inner == z
         return torch.where(inside, out, z), log_slope * inside
 
     def _bin(
         self, z: Tensor, ends: Tensor, raw_slopes: Tensor, *raw_bin: Tensor, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """The map inside one bin.
 
         Args:
@@ -119,15 +120,19 @@ class _Spline:
             raw_slopes: Unbounded log-slopes at both ends; shape (2, *shape).
             *raw_bin: What else the bin has, of the shape of ``z``.
             inverse: The direction.
+
+        Returns:
+            The output, the log-slope, and whatever `_bin_gradient` shall be given again.
         """
         raise NotImplementedError
 
     def _bin_gradient(
         self,
-        z: Tensor,
         ends: Tensor,
         raw_slopes: Tensor,
-        *raw_bin: Tensor,
+        raw_bin: Sequence[Tensor],
+        known: Sequence[Tensor],
+        *,
         g_out: Tensor,
         g_log: Tensor,
         inverse: bool,
@@ -137,6 +142,15 @@ class _Spline:
         Gradients are named g_ and what they belong to. Read backwards, the map is implicit: out
         solves y(out) = z, and log_slope is -log y'(out). So g_out turns into a gradient of y,
         g_y = -(g_out + ...) / y', and from there on both directions are one.
+
+        Args:
+            ends: As in `_bin`; shape (2, 2, N).
+            raw_slopes: As in `_bin`; shape (2, N).
+            raw_bin: As in `_bin`.
+            known: What `_bin` has returned after the log-slope.
+            g_out: Gradient of the output; shape (N,).
+            g_log: Gradient of the log-slope; shape (N,).
+            inverse: The direction.
         """
         raise NotImplementedError
 
@@ -178,80 +192,86 @@ class RationalQuadratic(_Spline):
 
     def _bin(
         self, z: Tensor, ends: Tensor, raw_slopes: Tensor, *raw_bin: Tensor, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        x0, y0 = ends[:, 0]
-        w, h = ends[:, 1] - ends[:, 0]
+    ) -> tuple[Tensor, ...]:
+        lower, upper = ends.unbind(1)
+        (x0, y0), (w, h) = lower.unbind(), (upper - lower).unbind()
         s = h / w
-        a0, a1 = torch.exp(soft_bound(raw_slopes, math.log(self.max_slope))) / s
+        slopes, cosine = _exp_soft_bound(raw_slopes, math.log(self.max_slope))
+        a = slopes / s
+        a0, a1 = a.unbind()
         xi, eta = self._solve((z - y0) / h, a0, a1) if inverse else _shares((z - x0) / w)
         P, Q = torch.addcmul(xi, a0, eta), torch.addcmul(eta, a1, xi)
         low = xi * P
         den = torch.addcmul(low, eta, Q)
         log_slope = torch.log(s * torch.addcmul(xi * Q, eta, P) / (den * den))
         if inverse:
-            return torch.addcmul(x0, w, xi), -log_slope
-        return torch.addcmul(y0, h, low / den), log_slope
+            return torch.addcmul(x0, w, xi), -log_slope, xi, eta, a, cosine
+        return torch.addcmul(y0, h, low / den), log_slope, xi, eta, a, cosine
 
     @staticmethod
     def _solve(r: Tensor, a0: Tensor, a1: Tensor) -> tuple[Tensor, Tensor]:
         r"""The shares ξ and η from the relative height r.
 
-        With :math:`\delta = a_0 (1 - r) - a_1 r` the discriminant is
-        :math:`\delta^2 + 4 r (1 - r)`, a sum of two terms that are not negative. With
-        :math:`t = |\delta| + \sqrt{\delta^2 + 4 r (1 - r)}` the root is :math:`2r / (2r + t)`, or
-        :math:`t / (t + 2 (1 - r))` where δ < 0. Nothing cancels and nothing divides by zero, so
+        With :math:`2 \delta = a_0 (1 - r) - a_1 r` a quarter of the discriminant is
+        :math:`\delta^2 + r (1 - r)`, a sum of two terms that are not negative. With
+        :math:`t = |\delta| + \sqrt{\delta^2 + r (1 - r)}` the root is :math:`r / (r + t)`, or
+        :math:`t / (t + 1 - r)` where δ < 0. Nothing cancels and nothing divides by zero, so
         that Newton steps would have nothing to improve.
         """
         r, rest = _shares(r)
-        delta = a0 * rest - a1 * r
+        delta = torch.addcmul(a0 * rest, a1, r, value=-1) / 2
         right = (delta < 0).to(r.dtype)  # lerp by 0 or 1 is exact, and faster than where
-        t = torch.sqrt(delta * delta + 4 * r * rest) + delta * (1 - 2 * right)
-        low, high = torch.lerp(2 * r, t, right), torch.lerp(t, 2 * rest, right)
+        root = torch.sqrt(torch.addcmul(r * rest, delta, delta))
+        t = root + torch.lerp(delta, -delta, right)
+        low, high = torch.lerp(r, t, right), torch.lerp(t, rest, right)
         total = low + high
         return low / total, high / total
 
     def _bin_gradient(
         self,
-        z: Tensor,
         ends: Tensor,
         raw_slopes: Tensor,
-        *raw_bin: Tensor,
+        raw_bin: Sequence[Tensor],
+        known: Sequence[Tensor],
+        *,
         g_out: Tensor,
         g_log: Tensor,
         inverse: bool,
     ) -> tuple[Tensor, ...]:
-        x0, y0 = ends[:, 0]
-        w, h = size = ends[:, 1] - ends[:, 0]
-        a, a_slope = _exp_soft_bound(raw_slopes, math.log(self.max_slope))
-        a0, a1 = a.mul_(w / h)
-        xi, eta = self._solve((z - y0) / h, a0, a1) if inverse else _shares((z - x0) / w)
+        lower, upper = ends.unbind(1)
+        w, h = (upper - lower).unbind()
+        xi, eta, a, cosine = known
+        a0, a1 = a.unbind()
         P, Q = torch.addcmul(xi, a0, eta), torch.addcmul(eta, a1, xi)
         low, high = xi * P, eta * Q
-        over_den = torch.reciprocal(low + high)
+        over_den = torch.add(low, high).reciprocal_()
         top = torch.addcmul(xi * Q, eta, P)
-        r, rest = low * over_den, high * over_den
-        y_xi = h * over_den * over_den * top
-        # dtop/dξ = 2 (Q - P) and dden/dξ = (a0 + a1 - 2) (η - ξ)
         over_top = torch.reciprocal(top)
-        log_xi = (Q - P) * over_top - (a0 + a1 - 2) * (eta - xi) * over_den
+        r, rest = low.mul_(over_den), high.mul_(over_den)
+        h_over_den = h * over_den
+        y_xi = (h_over_den * over_den).mul_(top)
+        # dtop/dξ = 2 (Q - P) and dden/dξ = (a0 + a1 - 2) (η - ξ)
+        den_xi = torch.add(a0, a1).sub_(2).mul_(eta - xi)
+        log_xi = Q.sub_(P).mul_(over_top).sub_(den_xi.mul_(over_den))
         if inverse:
             g_log = -g_log
-            g_xi = -w * g_out
-            g_y = torch.addcmul(g_xi, g_log, log_xi, value=-2) / y_xi
+            g_xi = torch.mul(w, g_out).neg_()
+            g_y = torch.addcmul(g_xi, g_log, log_xi, value=-2).div_(y_xi)
         else:
             g_y = g_out
-            g_xi = torch.addcmul(g_y * y_xi, g_log, log_xi, value=2)
+            g_xi = torch.addcmul(y_xi.mul_(g_y), g_log, log_xi, value=2)
         # dr/da0 = q (1 - r), dr/da1 = -q r with q = ξ η / den; of the logarithms of a0 and a1
-        q = xi * eta * over_den
-        level, rise, fall = g_log * over_top, g_y * h * q, -2 * g_log * q
+        xi_eta = xi * eta
+        level, rise = over_top.mul_(g_log), h_over_den.mul_(g_y).mul_(xi_eta)
+        fall = xi_eta.mul_(over_den).mul_(g_log)
         g_a = torch.empty_like(a)
-        torch.addcmul(torch.addcmul(fall, rise, rest), level * eta, eta, out=g_a[0])
-        torch.addcmul(torch.addcmul(fall, rise, r, value=-1), level * xi, xi, out=g_a[1])
+        g_a0, g_a1 = g_a.unbind()
+        torch.mul(rise, rest, out=g_a0).addcmul_(level * eta, eta).sub_(fall, alpha=2)
+        torch.mul(level * xi, xi, out=g_a1).addcmul_(rise, r, value=-1).sub_(fall, alpha=2)
         g_a *= a
-        g_z, g_ends = _ends_gradient(
-            size, xi, r, g_xi=g_xi, g_y=g_y, g_s=g_log - g_a.sum(0), inverse=inverse
-        )
-        return g_z, g_ends, g_a.mul_(a_slope)
+        g_s = torch.sub(g_log, g_a0).sub_(g_a1)
+        g_z, g_ends = _ends_gradient(w, h, xi, r, g_xi=g_xi, g_y=g_y, g_s=g_s, inverse=inverse)
+        return g_z, g_ends, g_a.mul_(cosine.pow(3))
 
 
 @dataclass(frozen=True)
@@ -298,7 +318,7 @@ class LinearRational(_Spline):
 
     def _bin(
         self, z: Tensor, ends: Tensor, raw_slopes: Tensor, *raw_bin: Tensor, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         x0, y0 = ends[:, 0]
         w, h = ends[:, 1] - ends[:, 0]
         root = torch.exp(soft_bound(raw_slopes, math.log(self.max_slope)) / 2)
@@ -308,8 +328,8 @@ class LinearRational(_Spline):
         left, e, _, _, c, v, xi, r = self._half(u, w / h, root, shares, inverse)
         log_slope = 2 * torch.log(e / (1 - v + c * v))
         if inverse:
-            return x0 + w * torch.lerp(1 - xi, xi, left), -log_slope
-        return y0 + h * torch.lerp(1 - r, r, left), log_slope
+            return x0 + w * torch.lerp(1 - xi, xi, left), -log_slope, z
+        return y0 + h * torch.lerp(1 - r, r, left), log_slope, z
 
     @staticmethod
     def _half(
@@ -338,17 +358,19 @@ class LinearRational(_Spline):
 
     def _bin_gradient(
         self,
-        z: Tensor,
         ends: Tensor,
         raw_slopes: Tensor,
-        *raw_bin: Tensor,
+        raw_bin: Sequence[Tensor],
+        known: Sequence[Tensor],
+        *,
         g_out: Tensor,
         g_log: Tensor,
         inverse: bool,
     ) -> tuple[Tensor, ...]:
+        (z,) = known
         x0, y0 = ends[:, 0]
-        w, h = size = ends[:, 1] - ends[:, 0]
-        root, root_slope = _exp_soft_bound(raw_slopes, math.log(self.max_slope), 0.5)
+        w, h = ends[:, 1] - ends[:, 0]
+        root, cosine = _exp_soft_bound(raw_slopes, math.log(self.max_slope), 0.5)
         sigma = torch.sigmoid(raw_bin[0])
         lam = self.min_lambda + (1 - 2 * self.min_lambda) * sigma
         shares = torch.stack([lam, 1 - lam])
@@ -379,7 +401,8 @@ class LinearRational(_Spline):
         g_root[1] += g_e * (1 - left)
         g_lam = g_m * (root[0] - root[1]) + sign * (g_rise - g_v * v) / share
         g_z, g_ends = _ends_gradient(
-            size,
+            w,
+            h,
             torch.lerp(1 - xi, xi, left),
             torch.lerp(1 - r, r, left),
             g_xi=sign * g_v / share,
@@ -388,7 +411,7 @@ class LinearRational(_Spline):
             inverse=inverse,
         )
         g_lam *= (1 - 2 * self.min_lambda) * sigma * (1 - sigma)
-        return g_z, g_ends, g_root * root_slope, g_lam
+        return g_z, g_ends, g_root * (0.5 * cosine.pow(3)), g_lam
 
 
 def _shares(xi: Tensor) -> tuple[Tensor, Tensor]:
@@ -398,7 +421,8 @@ def _shares(xi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ends_gradient(
-    size: Tensor,
+    w: Tensor,
+    h: Tensor,
     xi: Tensor,
     r: Tensor,
     *,
@@ -407,29 +431,26 @@ def _ends_gradient(
     g_s: Tensor,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the input and of the ends of the bin, whose width and height are ``size``.
+    """Gradients of the input and of the ends of the bin, whose width and height are w and h.
 
     They follow from ξ = (x - x0) / w, y = y0 + h r and s = log(h / w), given the gradients of ξ, y
     and s.
     """
-    w, h = size
     g_x = g_xi / w
-    g_ends = g_x.new_empty(2, 2, *g_x.shape)
-    torch.add(g_x * xi, g_s / w, out=g_ends[0, 1]).neg_()
-    torch.addcmul(g_s / h, g_y, r, out=g_ends[1, 1])
-    torch.add(g_x, g_ends[0, 1], out=g_ends[0, 0]).neg_()
-    torch.sub(g_y, g_ends[1, 1], out=g_ends[1, 0])
-    return (-g_y if inverse else g_x), g_ends
+    g_ends = g_x.new_empty(4, g_x.numel())
+    g_x0, g_x1, g_y0, g_y1 = g_ends.unbind()
+    torch.div(g_s, w, out=g_x1).addcmul_(g_x, xi).neg_()
+    torch.div(g_s, h, out=g_y1).addcmul_(g_y, r)
+    torch.add(g_x, g_x1, out=g_x0).neg_()
+    torch.sub(g_y, g_y1, out=g_y0)
+    return (-g_y if inverse else g_x), g_ends.view(2, 2, -1)
 
 
 def _exp_soft_bound(raw: Tensor, bound: float, power: float = 1.0) -> tuple[Tensor, Tensor]:
-    """exp(power * soft_bound(raw, bound)) and the derivative of its logarithm."""
-    tangent = (raw / bound).clamp_(-1e9, 1e9)  # of an angle whose sine is the bounded value
+    """E = exp(power * soft_bound(raw, bound)), and a cosine: dlog(E)/draw = power * cosine³."""
+    tangent = (raw * (1 / bound)).clamp(-1e9, 1e9)  # of an angle whose sine is bounded / bound
     cosine = torch.rsqrt(1 + tangent * tangent)
-    return (
-        torch.exp(power * bound * tangent * cosine),
-        (cosine * cosine * cosine).mul_(power),
-    )
+    return torch.exp((power * bound) * tangent * cosine), cosine
 
 
 def _evaluate(
@@ -443,8 +464,8 @@ def _evaluate(
             f"{type(spline).__name__} with {spline.count_bins} bins expects params of shape "
             f"({spline.num_params}, *x.shape); got {tuple(params.shape)}"
         )
-    dtype = torch.promote_types(z.dtype, params.dtype)
-    if z.dtype != params.dtype or dtype.itemsize < 4:  # half precision is computed in single
+    if z.dtype != params.dtype or z.dtype.itemsize < 4:  # half precision is computed in single
+        dtype = torch.promote_types(z.dtype, params.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         out, log_slope = _evaluate(spline, z.to(wide), params.to(wide), inverse=inverse)
         return out.to(dtype), log_slope.to(dtype)
@@ -467,16 +488,16 @@ class _Map(torch.autograd.Function):
         ctx: Any, spline: _Spline, inverse: bool, z: Tensor, params: Tensor
     ) -> tuple[Tensor, Tensor]:
         layout = _Layout(params)
-        kernel = partial(_map_rows, spline, inverse)
-        out, log_slope, bins, index = _in_parts(kernel, layout.flatten(z), layout.rows(params))
-        ctx.spline, ctx.inverse = spline, inverse
-        ctx.save_for_backward(z, params, bins, index)
+        kernel = partial(_map_rows, spline, inverse, any(ctx.needs_input_grad))
+        out, log_slope, *place = _in_parts(kernel, layout.flatten(z), layout.rows(params))
+        ctx.spline, ctx.inverse, ctx.layout = spline, inverse, layout
+        ctx.save_for_backward(z, params, *place)
         # .data: a view leaving a Function with two outputs could not be changed in place.
         return layout.restore(out).data, layout.restore(log_slope).data
 
     @staticmethod
     def backward(ctx: Any, g_out: Tensor, g_log: Tensor) -> tuple[Tensor | None, ...]:
-        z, params, bins, index = ctx.saved_tensors
+        z, params, *place = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         if create_graph or _is_batched(g_out) or _is_batched(g_log):
             wanted = [t for t in (z, params) if t.requires_grad]
@@ -485,10 +506,9 @@ class _Map(torch.autograd.Function):
                 g = torch.autograd.grad(out, wanted, (g_out, g_log), create_graph=create_graph)
             gradients = iter(g)
             return None, None, *(next(gradients) if t.requires_grad else None for t in (z, params))
-        layout = _Layout(params)
-        kernel = partial(_gradient_rows, ctx.spline, ctx.inverse)
-        columns = (layout.flatten(t) for t in (z, g_out, g_log))
-        g_z, g_params = _in_parts(kernel, *columns, layout.rows(params), bins, index)
+        layout, kernel = ctx.layout, partial(_gradient_rows, ctx.spline, ctx.inverse)
+        columns = (layout.flatten(g_out), layout.flatten(g_log), layout.rows(params))
+        g_z, g_params = _in_parts(kernel, *columns, *place)
         return None, None, layout.restore(g_z), layout.restore(g_params)
 
 
@@ -541,49 +561,53 @@ def _in_parts(kernel: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tu
 
 
 def _map_rows(
-    spline: _Spline, inverse: bool, z: Tensor, params: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spline: _Spline, inverse: bool, keep: bool, z: Tensor, params: Tensor
+) -> tuple[Tensor, ...]:
     """The map on (N,) and (num_params, N), without a graph.
 
     Returns:
-        The output and the log-slope (N,); the bin of each element, (6, N) or (7, N): x of both
-        ends, y of both ends, raw slopes at both ends, raw value; and its index as a float (N,).
+        The output and the log-slope (N,). If ``keep``, also what `_gradient_rows` needs: whether
+        the element is in the box, as a float (N,); the index of its bin, as a float (N,); the bin,
+        (6, N) or (7, N): x of both ends, y of both ends, raw slopes at both ends, raw value; and
+        what the spline knows of the place in the bin, each (..., N).
     """
     K, B, N = spline.count_bins, spline.bound, z.numel()
     probs, tables = params.new_empty(2, K, N), params.new_empty(3, K + 1, N)
-    torch.softmax(params[: 2 * K].unflatten(0, (2, K)), 1, out=probs)
-    tables[:, ::K] = 0
+    torch.softmax(params[: 2 * K].view(2, K, N), 1, out=probs)
+    tables[:, ::K].zero_()
+    knots = tables[:2]
     if K > 1:
         if z.is_cuda:  # few launches
-            torch.cumsum(probs[:, : K - 1], 1, out=tables[:2, 1:K])
+            torch.cumsum(probs[:, : K - 1], 1, out=knots[:, 1:K])
         else:  # a third of the time of torch.cumsum on the CPU
-            c, p = tables[:2].unbind(1), probs.unbind(1)
+            c, p = knots.unbind(1), probs.unbind(1)
             for k in range(1, K):
                 torch.add(c[k - 1], p[k - 1], out=c[k])
-        tables[2, 1:K] = params[2 * K : 3 * K - 1]
-    knots = tables[:2]
+        tables[2, 1:K].copy_(params[2 * K : 3 * K - 1])
     torch.add(spline._even(z)[:, None], knots, alpha=spline._spread, out=knots)
     inner = z.clamp(-B, B)
     passed = torch.ge(inner, knots[int(inverse), 1:K], out=params.new_empty(K - 1, N))
     index = passed.sum(0)
-    at = _positions(index).view(-1)
-    bins = tables.view(3, -1).index_select(1, at).view(6, N)
+    bins = tables.view(3, -1).index_select(1, _positions(index)).view(6, N)
     if spline._values_per_bin:
         bins = torch.cat([bins, params[3 * K - 1 :].gather(0, index.long()[None])])
-    out, log_slope = spline._bin(inner, *_split(bins), inverse=inverse)
-    inside = inner == z
-    return torch.where(inside, out, z), log_slope.mul_(inside), bins, index
+    out, log_slope, *known = spline._bin(inner, *_split(bins), inverse=inverse)
+    is_inside = inner == z
+    inside = is_inside.to(z.dtype)
+    result = torch.where(is_inside, out, z), log_slope.mul_(inside)
+    return (*result, inside, index, bins, *known) if keep else result
 
 
 def _gradient_rows(
     spline: _Spline,
     inverse: bool,
-    z: Tensor,
     g_out: Tensor,
     g_log: Tensor,
     params: Tensor,
-    bins: Tensor,
+    inside: Tensor,
     index: Tensor,
+    bins: Tensor,
+    *known: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (N,) and (num_params, N).
 
@@ -591,41 +615,39 @@ def _gradient_rows(
     the adjoint of softmax and cumulative sum is p_j ([j < bin] g_lower + [j <= bin] g_upper - t),
     where t = c_lower g_lower + c_upper g_upper is known from the bin: no reduction over the rows.
     """
-    K, N = spline.count_bins, z.numel()
-    inner = z.clamp(-spline.bound, spline.bound)
-    inside = torch.eq(inner, z, out=torch.empty_like(z))
-    g_inside = g_out * inside
+    K, N = spline.count_bins, index.numel()
     ends, raw_slopes, *raw_bin = _split(bins)
+    g_inside = g_out * inside
     g_z, g_ends, g_slopes, *g_bin = spline._bin_gradient(
-        inner, ends, raw_slopes, *raw_bin, g_out=g_inside, g_log=g_log * inside, inverse=inverse
+        ends, raw_slopes, raw_bin, known, g_out=g_inside, g_log=g_log * inside, inverse=inverse
     )
     # Rows 2K - 1 and 3K - 1 take what falls to the slopes at ±bound, which have no parameter.
     grads = params.new_empty(params.shape[0] + 1, N)
-    flat, at = grads.view(-1), _positions(index)
-    grads[2 * K :] = 0
-    flat[(2 * K - 1) * N :].scatter_(0, at.view(-1), g_slopes.view(-1))
+    at = _positions(index)
+    grads[2 * K :].zero_()
+    grads[2 * K - 1 :].view(-1).scatter_(0, at, g_slopes.view(-1))
     if spline._values_per_bin:
-        grads[3 * K - 1] = 0
-        flat[(3 * K - 1) * N :].scatter_(0, at[0], *g_bin)
+        grads[3 * K - 1].zero_()
+        grads[3 * K - 1 :].view(-1).scatter_(0, at[:N], *g_bin)
     step = 2 * spline.bound * spline.min_bin / K
-    c_spread = ends + (spline.bound - step * index)  # at the upper end too large by one step
-    t = (c_spread * g_ends).sum(1) - step * g_ends[:, 1]
-    g_lower, g_upper = (spline._spread * g_ends).unbind(1)
-    above = torch.arange(K, device=z.device)[:, None]
-    above = torch.gt(index, above, out=params.new_empty(K, N))  # [j < bin]
+    c_spread = ends + index.mul(-step).add_(spline.bound)  # too large by a step at the upper end
+    t = (c_spread.mul_(g_ends)).sum(1)
+    t = torch.sub(t, g_ends[:, 1], alpha=step).neg_()
+    g_lower, g_upper = g_ends.mul_(spline._spread).unsqueeze(2).unbind(1)
+    before = torch.arange(-1, K, dtype=index.dtype, device=index.device)[:, None]
+    above = torch.gt(index, before, out=params.new_empty(K + 1, N))  # [j - 1 < bin]
     logits = grads[: 2 * K].view(2, K, N)
-    torch.addcmul(-t[:, None], above, g_lower[:, None], out=logits)
-    logits[:, 1:].addcmul_(above[:-1], g_upper[:, None])
-    logits[:, 0] += g_upper
-    logits *= torch.softmax(params[: 2 * K].unflatten(0, (2, K)), 1)
-    return g_z + (g_out - g_inside), grads[:-1]
+    torch.addcmul(t[:, None], above[1:], g_lower, out=logits)
+    logits.addcmul_(above[:-1], g_upper)
+    logits *= torch.softmax(params[: 2 * K].view(2, K, N), 1)
+    return g_z.add_(g_out - g_inside), grads[:-1]
 
 
 def _positions(index: Tensor) -> Tensor:
-    """Where rows index and index + 1 of each column lie in a flat (rows, N) table: (2, N)."""
+    """Where rows index and index + 1 of each column lie in a flat (rows, N) table: (2 N,)."""
     N = index.numel()
     columns = torch.arange(2 * N, device=index.device).view(2, N)
-    return torch.add(columns, index.long(), alpha=N)
+    return columns.add_(index.long(), alpha=N).view(-1)
 
 
 def _split(bins: Tensor) -> tuple[Tensor, ...]:
