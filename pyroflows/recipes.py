@@ -38,6 +38,10 @@ BaseLike = int | Distribution | nn.Module | None
 
 
 def _hidden(hidden_dims: Sequence[int] | None, input_dim: int, context_dim: int) -> list[int]:
+    if input_dim < 1:
+        raise ValueError(f"input_dim must be positive; got {input_dim}")
+    if context_dim < 0:
+        raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
     if hidden_dims is not None:
         return list(hidden_dims)
     return [max(64, min(256, 8 * (input_dim + context_dim)))] * 2

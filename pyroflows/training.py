@@ -77,6 +77,7 @@ def warmup_cosine(step: int, num_steps: int, *, warmup: float = 0.02) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, num_steps - rise)))
 
 
+@torch.enable_grad()
 def fit(
     flow: Flow,
     x: Tensor,
@@ -138,16 +139,30 @@ def fit(
     held: _Rows | None
     if isinstance(validation, tuple):
         held = _as_rows(like, validation[0], *validation[1:2])
-    elif 0 <= validation < 1:
+    elif isinstance(validation, (int, float)) and 0 <= validation < 1:
         held, train = _split(train, validation, generator)
     else:
-        raise ValueError(f"fit: validation must be in [0, 1) or a tuple; got {validation}")
+        raise ValueError(
+            f"fit: validation must be a number in [0, 1) or a tuple (x,) or (x, context); "
+            f"got {validation!r:.80}"
+        )
     n = len(train.x)
     if n < 2:
         raise ValueError(f"fit needs at least 2 training rows; got {n}")
+    for part, rows in (("training", train), ("validation", held)):
+        if rows is not None and (
+            not len(rows.x) or (rows.weight is not None and not rows.weight.any())
+        ):
+            raise ValueError(f"fit: the {part} part has no rows of positive weight")
+    if num_epochs < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(
+            f"fit expects positive num_epochs and batch_size; got {num_epochs} and {batch_size}"
+        )
     batch_size = min(n, batch_size or max(32, min(512, n // 20)))
     num_steps = num_epochs * (n // batch_size)
     parameters = [p for p in flow.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("fit: every parameter of the flow is frozen; call flow.requires_grad_()")
     optimizer = make_adam(parameters, lr, weight_decay=weight_decay)
     step = 0
     history, best = History(), _Best(flow)
@@ -189,7 +204,7 @@ def fit(
             bar.close()
     if held is None:
         history.best_epoch = len(history.train_loss) - 1
-    elif not math.isfinite(history.best_valid_loss):
+    elif not math.isfinite(history.best_valid_loss) and not history.interrupted:
         raise RuntimeError(
             "fit: no state had a finite validation loss; standardize the data, or lower lr"
         )
@@ -277,7 +292,7 @@ def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:
 
 
 def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
+    return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 
 def _as_rows(
@@ -292,8 +307,9 @@ def _as_rows(
 
     def checked(name: str, value: Tensor) -> Tensor:
         value = _tensor(value).to(like.device, like.dtype)
-        if len(value) != len(x):
-            raise ValueError(f"fit: x has {len(x)} rows, but {name} has {len(value)}")
+        count = len(value) if value.dim() else 0
+        if count != len(x) or not value.dim():
+            raise ValueError(f"fit: x has {len(x)} rows, but {name} has {count}")
         finite = value.isfinite().reshape(len(value), math.prod(value.shape[1:])).all(-1)
         bad = int((~finite).sum())
         if bad:
@@ -307,6 +323,10 @@ def _as_rows(
         None if context is None else checked("context", context),
         None if weight is None else checked("sample_weight", weight),
     )
+    if rows.weight is not None and rows.weight.dim() > 1:
+        raise ValueError(
+            f"fit expects sample_weight of shape (n,); got {tuple(rows.weight.shape)}"
+        )
     if rows.weight is not None and bool((rows.weight < 0).any()):
         raise ValueError("fit: sample_weight must not be negative")
     return rows

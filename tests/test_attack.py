@@ -15,6 +15,7 @@ import pyroflows as pf
 import pyroflows.transforms as T
 from pyroflows.bijection import Compose, as_bijection
 from pyroflows.flow import Flow
+from pyroflows.training import fit
 
 same = torch.testing.assert_close
 
@@ -171,3 +172,58 @@ def test_a_stored_flow_of_another_shape_says_what_to_do():
     poutine.trace(lambda: pyro.sample("x", pf.realnvp(2, hidden_dims=[8])())).get_trace()
     with pytest.raises(RuntimeError, match="clear_param_store"):
         poutine.trace(lambda: pyro.sample("x", pf.realnvp(2, hidden_dims=[9])())).get_trace()
+
+
+# ------------------------------------------------------------------------------------ bad numbers
+
+
+@pytest.mark.parametrize(
+    "recipe", [pf.nice, pf.realnvp, pf.glow, pf.maf, pf.iaf, pf.neural_spline]
+)
+def test_recipes_name_bad_sizes(recipe):
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match="input_dim must be positive"):
+            recipe(bad)
+    with pytest.raises(ValueError, match="context_dim must be 0 or more"):
+        recipe(2, -1)
+
+
+def small():
+    return pf.realnvp(2, num_transforms=1, hidden_dims=[4])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sample_weight": torch.ones(40, 1)}, r"shape \(n,\)"),
+        ({"sample_weight": torch.zeros(40)}, "positive weight"),
+        ({"sample_weight": torch.tensor(1.0)}, "sample_weight has 0"),
+        ({"validation": (torch.zeros(0, 2),)}, "positive weight"),
+        ({"validation": torch.zeros(5, 2)}, "number in .* or a tuple"),
+        ({"num_epochs": 0}, "positive num_epochs"),
+        ({"batch_size": -5}, "positive num_epochs"),
+    ],
+)
+def test_fit_names_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(small(), torch.randn(40, 2), progress=False, **options)
+
+
+def test_fit_says_that_all_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        fit(small().requires_grad_(False), torch.randn(40, 2), progress=False)
+
+
+def test_fit_takes_data_with_a_graph_and_works_without_gradients():
+    x = 2 * torch.randn(40, 2, requires_grad=True)
+    with torch.no_grad():
+        assert len(fit(small(), x, num_epochs=2, progress=False).train_loss) == 2
+        assert not torch.is_grad_enabled()
+
+
+def test_an_interrupt_before_the_first_score_is_no_error(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyroflows.training._score", interrupt)
+    assert fit(small(), torch.randn(40, 2), progress=False).interrupted
