@@ -37,7 +37,7 @@ def main() -> None:
     """Fit a flow guide; sample in three ways."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num-steps", type=int, help="fewer steps than it takes to level off")
-    parser.add_argument("--num-samples", type=int, default=600)
+    parser.add_argument("--num-samples", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke-test", action="store_true")
     args = parser.parse_args()
@@ -57,7 +57,12 @@ def main() -> None:
     report("NUTS", plain.get_samples()["v"][None])
 
     neutra = NeuTraReparam(guide.requires_grad_(False))
-    flowed = MCMC(NUTS(neutra.reparam(model)), args.num_samples, warmup, disable_progbar=True)
+    flowed = MCMC(
+        NUTS(neutra.reparam(model), max_tree_depth=5),
+        args.num_samples,
+        warmup,
+        disable_progbar=True,
+    )
     flowed.run()
     draws = neutra.transform_sample(flowed.get_samples()["v_shared_latent"])
     report("NUTS with NeuTra", draws["v"][None])

@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyroflows.guides.draws import GuideDraws, draw, importance_resample
@@ -202,28 +203,38 @@ def _array(value: Tensor) -> Any:
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
+class _Predictive(Messenger):
+    """Give latents values and sample what was observed, factors and deterministic sites aside."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values, self.predicted = values, []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+        elif msg["is_observed"] and not _no_data(msg):
+            msg.update(is_observed=False, value=None, done=False)
+            self.predicted.append(msg)
+
+
+def _no_data(site: Mapping[str, Any]) -> bool:
+    """Whether an observed site is a factor or a deterministic one."""
+    return isinstance(site["fn"], Unit) or bool(site["infer"].get("_deterministic"))
+
+
 def _predict(
     model: Callable, values: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Draws of the observed sites, one for each draw of the latents."""
-    num = len(next(iter(values.values())))
     found: dict[str, list[Tensor]] = {}
-    free = poutine.uncondition(_skip_factors(model))
-    for s in range(num):
-        given = {name: value[s] for name, value in values.items()}
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(poutine.condition(free, data=given)).get_trace(*args, **kwargs)
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and site["infer"].get("was_observed"):
-                found.setdefault(name, []).append(site["value"])
+    for s in range(len(next(iter(values.values())))):
+        run = _Predictive({name: value[s] for name, value in values.items()})
+        with torch.no_grad(), poutine.block(), run:
+            model(*args, **kwargs)
+        for msg in run.predicted:
+            found.setdefault(msg["name"], []).append(msg["value"])
     return {name: torch.stack(draws) for name, draws in found.items()}
-
-
-def _skip_factors(model: Callable) -> Callable:
-    """The model without its factor statements, which are no data."""
-    return poutine.block(
-        model, hide_fn=lambda msg: msg["type"] == "sample" and isinstance(msg["fn"], Unit)
-    )
 
 
 def to_arviz(
@@ -266,12 +277,9 @@ def to_arviz(
             poutine.replay(model, trace=poutine.trace(guide).get_trace(*args, **kwargs))
         ).get_trace(*args, **kwargs)
     observed = {
-        name: site["value"]
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not isinstance(site["fn"], Unit)
-        and name in draws.log_likelihood
+        name: trace.nodes[name]["value"]
+        for name in draws.log_likelihood
+        if not _no_data(trace.nodes[name])
     }
     drawn = {**draws.values, **draws.deterministic}
     groups: dict[str, dict[str, Any]] = {

@@ -51,7 +51,13 @@ def pointwise(fn: Any, value: Tensor) -> Tensor:
 
 
 def _run(
-    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], num: int, nesting: int
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    num: int,
+    nesting: int,
+    shapes: Mapping[str, torch.Size],
 ) -> GuideDraws:
     """One batch under a plate of particles; ``num`` 0 for a single draw without one."""
 
@@ -83,7 +89,8 @@ def _run(
         plates[name] = [(f.name, f.dim - site["fn"].event_dim) for f in frames]
         keep = max([-f.dim for f in frames], default=0)
         if site["infer"].get("_deterministic"):
-            deterministic[name] = _squeeze(site["value"], num, nesting, keep, site["fn"].event_dim)
+            plates[name] = [(f.name, f.dim) for f in frames]  # the whole value counts as event
+            deterministic[name] = _own(site["value"], num, shapes[name])
         elif site["is_observed"]:
             each = pointwise(site["fn"], site["value"])
             extra = each.dim() - site["log_prob"].dim()
@@ -92,6 +99,13 @@ def _run(
             values[name] = _squeeze(site["value"], num, nesting, keep, site["fn"].event_dim)
     log_p, log_q = total(model_trace), total(guide_trace)
     return GuideDraws(values, log_p - log_q, log_p, likelihood, plates, deterministic)
+
+
+def _own(value: Tensor, num: int, shape: torch.Size) -> Tensor:
+    """``(S, *shape)`` of a deterministic site that has ``shape`` in a single run."""
+    if value.numel() == shape.numel() * (num or 1):
+        return value.reshape((num or 1, *shape))
+    return value.reshape(shape).expand((num or 1, *shape))
 
 
 def _squeeze(value: Tensor, num: int, nesting: int, keep: int, event_dim: int) -> Tensor:
@@ -145,6 +159,8 @@ def _draw(
         first = poutine.trace(guide).get_trace(*args, **kwargs)
         second = poutine.trace(poutine.replay(model, trace=first)).get_trace(*args, **kwargs)
     nesting = max(plate_nesting(first), plate_nesting(second))
+    sites = [s for s in second.nodes.values() if s["type"] == "sample"]
+    shapes = {s["name"]: s["value"].shape for s in sites if isinstance(s["value"], Tensor)}
     if isinstance(guide, AutoFlow):
         density = guide.density(*args, **kwargs)
         probe = guide.get_posterior().sample((3,))
@@ -158,7 +174,7 @@ def _draw(
     while left:
         n = min(batch_size, left) if vectorized else 0
         try:
-            parts.append(_run(model, guide, args, kwargs, n, nesting))
+            parts.append(_run(model, guide, args, kwargs, n, nesting, shapes))
         except (RuntimeError, ValueError, IndexError):
             if not n:
                 raise
