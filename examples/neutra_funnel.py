@@ -57,12 +57,8 @@ def main() -> None:
     report("NUTS", plain.get_samples()["v"][None])
 
     neutra = NeuTraReparam(guide.requires_grad_(False))
-    flowed = MCMC(
-        NUTS(neutra.reparam(model), max_tree_depth=5),
-        args.num_samples,
-        warmup,
-        disable_progbar=True,
-    )
+    kernel = NUTS(neutra.reparam(model), max_tree_depth=5)
+    flowed = MCMC(kernel, args.num_samples, warmup, disable_progbar=True)
     flowed.run()
     draws = neutra.transform_sample(flowed.get_samples()["v_shared_latent"])
     report("NUTS with NeuTra", draws["v"][None])
