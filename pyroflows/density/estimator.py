@@ -433,10 +433,16 @@ class DensityEstimator:
             rank, world = _rank()
             bar = _bar(self.progress and rank == 0, budget["steps"])
             start = column_scores(model, valid).sum(1).mean().item() if len(held) else math.nan
-            mine = slice(rank, world * (n // world) if n >= world else None, world)
+            mine = torch.arange(n)[rank : world * (n // world) if n >= world else None : world]
+
+            def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+                order = torch.randperm(len(mine), generator=generator)
+                for i in order.split(131072) if len(mine) > 200_000 else [slice(None)]:
+                    yield values[mine[i]], weight[mine[i]], fold[mine[i]]
+
             history = train(
                 model,
-                shards or (lambda: iter([(values[mine], weight[mine], fold[mine])])),
+                shards or chunks,
                 valid,
                 fold[held],
                 rows=size,

@@ -314,7 +314,12 @@ class _Clock:
 
 
 def stack(
-    model: TableModel, valid: Rows, fold: Tensor, parts: list[MixedMixture], *, prior: float = 4.0
+    model: TableModel,
+    valid: Rows,
+    fold: Tensor,
+    parts: list[MixedMixture],
+    *,
+    prior: tuple[float, float] = (20.0, 1.0),
 ) -> Tensor:
     """Weight of the simple model in each column, by EM on held-out rows, shape (T,).
 
@@ -323,14 +328,13 @@ def stack(
         valid: Held-out rows of all folds.
         fold: Their folds.
         parts: The simple models, one per fold.
-        prior: Pseudo-rows for either expert.
+        prior: Pseudo-rows for the simple model and for the networks, whose held-out rows flatter
+            them: they also chose when to stop.
     """
     t = len(model.targets)
     terms = column_scores(model, valid).double()
     net = terms.new_empty(t, len(valid))
     simple = terms.new_empty(t, len(valid))
-    # The ensemble average is better than a member alone; judging the members one by one favours
-    # the simple model a little.
     for m in range(model.members):
         at = (fold == m).nonzero()[:, 0]
         if len(at):
@@ -341,8 +345,10 @@ def stack(
     alpha = torch.full((t, 1), 0.5, dtype=torch.float64)
     for _ in range(200):
         share = torch.sigmoid(alpha.log() - torch.log1p(-alpha) + simple - net) * known
-        alpha = (share.sum(1, keepdim=True) + prior) / (known.sum(1, keepdim=True) + 2 * prior)
-    return alpha[:, 0].float()
+        alpha = (share.sum(1, keepdim=True) + prior[0]) / (known.sum(1, keepdim=True) + sum(prior))
+    # The simple model knows no point masses.
+    smooth = [c.is_label or not len(c.atoms) for c in model.targets]
+    return (alpha[:, 0] * torch.tensor(smooth)).float()
 
 
 @torch.no_grad()
