@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
+from pyroflows.memory import Entry, show_nan, tensors_of, untracked
+
 __all__ = ["Bijection", "Compose", "Inverse", "as_bijection"]
 
 
@@ -51,7 +53,7 @@ class Bijection(TransformModule):
     cheaper_inverse = False  #: whether data-to-noise costs fewer network calls than noise-to-data
 
     _context: Tensor | None = None
-    _entry: "_Entry | None" = None
+    _entry: "Entry | None" = None
     _inverse_ref: "weakref.ref[Inverse] | None" = None
 
     def __init__(self, event_shape: Sequence[int] | None = None, *, context_dim: int = 0) -> None:
@@ -88,12 +90,12 @@ class Bijection(TransformModule):
 
     def _both(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         entry = self._entry  # read once: another thread may drop it
-        if entry is not None and not _untracked():
+        if entry is not None and not untracked():
             known = entry.input_of(self, value, inverse)
             if known is not None:
                 return known
         out, log_det = self._evaluate(value, inverse)
-        return out, _show_nan(out, log_det)
+        return out, show_nan(out, log_det)
 
     def _evaluate(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """Check and broadcast ``value``, then move it.
@@ -141,7 +143,7 @@ class Bijection(TransformModule):
             self._check_kind(value)
 
     def _check_kind(self, value: Tensor) -> None:
-        own = next((t for t in _tensors(self) if t.is_floating_point()), None)
+        own = next((t for t in tensors_of(self) if t.is_floating_point()), None)
         if own is None:
             return
         for what, given in (("values", value), ("context", self._context)):
@@ -189,7 +191,7 @@ class Bijection(TransformModule):
 
         Remembered if that is sure to be right, else computed.
         """
-        if _untracked():
+        if untracked():
             return self._evaluate(value, inverse)[0]
         entry = self._entry
         if entry is not None:
@@ -197,11 +199,11 @@ class Bijection(TransformModule):
             if known is not None:
                 return known[0]
         out, log_det = self._evaluate(value, inverse)
-        log_det = _show_nan(out, log_det)
+        log_det = show_nan(out, log_det)
         if out is not value and not out.is_inference():
             # past nn.Module.__setattr__, and in one assignment: threads see the old entry or the
             # new one
-            self.__dict__["_entry"] = _Entry(self, value, out, log_det, inverse)
+            self.__dict__["_entry"] = Entry(self, value, out, log_det, inverse)
         return out
 
     @property
@@ -617,115 +619,3 @@ def as_bijection(
     if isinstance(transform, _InverseTransform):
         return as_bijection(transform.inv).inv
     return _Wrapped(transform)
-
-
-# ------------------------------------------------------------------------------ memory of one call
-
-
-def _untracked() -> bool:
-    """Whether Python objects are no guide to values here: under torch.compile and torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _show_nan(out: Tensor, log_det: Tensor) -> Tensor:
-    """A row with NaN in its value has NaN for its log-determinant, and no other row has."""
-    nan = out.isnan()
-    if out.dim() > log_det.dim():
-        nan = nan.flatten(log_det.dim()).any(-1)
-    return torch.where(nan, torch.nan, log_det)
-
-
-class _Entry:
-    """One evaluation: input, output (weakly held), log-determinant, and what makes them valid.
-
-    It is found only through the output: whoever holds that holds its graph, so nothing is kept
-    alive for the memory's sake. A backward pass through the evaluation ends the entry: its graph
-    may be freed, and a parameter update is near (also one through ``.data``, which leaves no other
-    trace).
-    """
-
-    __slots__ = (
-        "input",
-        "output",
-        "log_det",
-        "is_inverse",
-        "grad",
-        "mode",
-        "state",
-        "tensors",
-        "stamp",
-        "alive",
-    )
-
-    def __init__(
-        self, owner: Bijection, value: Tensor, out: Tensor, log_det: Tensor, inverse: bool
-    ) -> None:
-        self.input, self.log_det, self.is_inverse = value, log_det, inverse
-        self.grad = torch.is_grad_enabled()
-        self.mode = owner.training
-        self.state = _state(value, out, owner._context)
-        self.tensors = list(_tensors(owner))  # strong, so that no id is used twice
-        self.stamp = _stamp(self.tensors)
-        self.alive = alive = [True]
-        for node in {out.grad_fn, log_det.grad_fn} - {None, value.grad_fn}:
-            node.register_prehook(lambda grads: alive.clear())
-        owner_ref = weakref.ref(owner)
-
-        def forget(reference: "weakref.ref[Tensor]") -> None:
-            module = owner_ref()
-            entry = None if module is None else module._entry
-            if module is not None and entry is not None and entry.output is reference:
-                module.__dict__["_entry"] = None
-
-        self.output = weakref.ref(out, forget)
-
-    def input_of(
-        self, owner: Bijection, out: Tensor, inverse: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return what ``out`` was made from, and the log-determinant of the way back, if known."""
-        if self.is_inverse == inverse or self.output() is not out or not self._valid(owner, out):
-            return None
-        return self.input, -self.log_det
-
-    def log_det_of(self, owner: Bijection, x: Tensor, y: Tensor) -> Tensor | None:
-        """Return log|det dy/dx| if (x, y) is the pair of this entry."""
-        out = self.output()
-        value, other = (y, x) if self.is_inverse else (x, y)
-        if out is None or self.input is not value or out is not other:
-            return None
-        if not self._valid(owner, out):
-            return None
-        return -self.log_det if self.is_inverse else self.log_det
-
-    def _valid(self, owner: Bijection, out: Tensor) -> bool:
-        if not self.alive or (torch.is_grad_enabled() and not self.grad):
-            return False
-        if self.mode != owner.training or self.state != _state(self.input, out, owner._context):
-            return False
-        return self.stamp == _stamp(_tensors(owner))
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer below ``module``.
-
-    A plain walk, several times faster than ``parameters()``.
-    """
-    stack = [module]
-    while stack:
-        inner = stack.pop().__dict__
-        for tensor in inner["_parameters"].values():
-            if tensor is not None:
-                yield tensor
-        for tensor in inner["_buffers"].values():
-            if tensor is not None:
-                yield tensor
-        stack.extend(child for child in inner["_modules"].values() if child is not None)
-
-
-def _stamp(tensors: Any) -> list[tuple[int, int, bool]]:
-    return [(id(t), 0 if t.is_inference() else t._version, t.requires_grad) for t in tensors]
-
-
-def _state(*tensors: Tensor | None) -> list[tuple[int, bool]]:
-    known = [t for t in tensors if t is not None]
-    return [(-1 if t.is_inference() else t._version, t.requires_grad) for t in known]
