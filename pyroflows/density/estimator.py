@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from pyroflows.density import files
 from pyroflows.density.columns import cells_for
+from pyroflows.density.conventions import Conventions, NotFittedError
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
 from pyroflows.density.streaming import TableFile, shards_of
@@ -36,11 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["DensityEstimator", "NotFittedError"]
 
 
-class NotFittedError(ValueError, AttributeError):
-    """The estimator was used before ``fit``."""
-
-
-class DensityEstimator:
+class DensityEstimator(Conventions):
     r"""Density of the rows of a table: exact log-densities, samples, conditionals and imputations.
 
     .. math:: p(row) = \prod_t p(x_t \mid x_1, \ldots, x_{t-1})
@@ -121,67 +117,6 @@ class DensityEstimator:
         self.device = device
         self.progress = progress
 
-    # ------------------------------------------------------------------ scikit-learn's protocol
-
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Constructor arguments."""
-        return {n: getattr(self, n) for n in self._names()}
-
-    def set_params(self, **params: Any) -> DensityEstimator:
-        """Set constructor arguments."""
-        for name, value in params.items():
-            if name not in self._names():
-                raise ValueError(
-                    f"Invalid parameter {name!r} for estimator {self}. "
-                    f"Valid parameters are: {self._names()}."
-                )
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        default = {
-            n: p.default for n, p in inspect.signature(type(self).__init__).parameters.items()
-        }
-        changed = [
-            f"{n}={v!r}"
-            for n, v in self.get_params().items()
-            if not (v is default[n] or v == default[n])
-        ]
-        return f"{type(self).__name__}({', '.join(changed)})"
-
-    def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import InputTags, Tags, TargetTags
-
-        tags = Tags(
-            estimator_type="density_estimator",
-            target_tags=TargetTags(required=False),
-            input_tags=InputTags(),
-        )
-        tags.input_tags.allow_nan = True
-        tags.input_tags.string = True
-        tags.input_tags.categorical = True
-        return tags
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "model_")
-
-    def set_output(self, *, transform: str | None = None) -> DensityEstimator:
-        """Whether tables come back as ``"pandas"`` or, with ``"default"``, as arrays."""
-        if transform not in (None, "pandas", "default"):
-            raise ValueError(
-                f"set_output: transform must be 'pandas', 'default' or None; got {transform!r}"
-            )
-        if transform is not None:
-            self._output = transform
-        return self
-
-    def _wrapped(self, frame: pd.DataFrame) -> Any:
-        return frame.to_numpy() if getattr(self, "_output", "pandas") == "default" else frame
-
     # ------------------------------------------------------------------ input
 
     def _ready(self) -> TableModel:
@@ -258,23 +193,6 @@ class DensityEstimator:
         return torch.from_numpy(
             self.schema_.encode(self._frame(x, partial=partial), partial=partial)
         )
-
-    def _seed(self, random_state: Any = None) -> int:
-        state = self.random_state if random_state is None else random_state
-        if state is None:
-            return int(np.random.SeedSequence().generate_state(1)[0])
-        if hasattr(state, "randint"):
-            return int(state.randint(2**31 - 1))
-        if isinstance(state, np.random.Generator):
-            return int(state.integers(2**31 - 1))
-        if isinstance(state, numbers.Integral):
-            return int(state)
-        raise ValueError(
-            f"random_state must be an integer, a RandomState, a Generator or None; got {state!r}"
-        )
-
-    def _generator(self, random_state: Any = None) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed(random_state))
 
     # ------------------------------------------------------------------ fitting
 
@@ -409,7 +327,8 @@ class DensityEstimator:
             for k, v in dict(members=self.members, hidden_dim=self.hidden_dim).items()
             if v is not None
         }
-        with torch.random.fork_rng(devices=[]):
+        device = self._device(size)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             resampled = values
             if weight.unique().numel() > 1:  # histograms, quantiles and mixtures know no weights
@@ -422,7 +341,7 @@ class DensityEstimator:
             held = (fold >= 0).nonzero()[:, 0]
             valid = model.encode(values[held])
             parts = self._mixtures(model, resampled, fold, generator) if size <= 20000 else []
-            self.model_ = model = model.to(self._device(size))
+            self.model_ = model = model.to(device)
             budget = plan(
                 model,
                 size,
@@ -509,7 +428,7 @@ class DensityEstimator:
             model, n, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps
         )
         budget["steps"] = min(budget["steps"], max(20, 5 * n // budget["batch_size"]))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(self._seed())
             history = train(
                 model,

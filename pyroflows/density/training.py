@@ -172,7 +172,9 @@ def train(
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda")
+    )
     average = copy.deepcopy(nets).requires_grad_(False)
     live: list[Tensor] = list(nets.parameters())
     mean: list[Tensor] = list(average.parameters())

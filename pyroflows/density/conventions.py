@@ -1,0 +1,101 @@
+"""What scikit-learn expects of an estimator, without importing it."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Conventions", "NotFittedError"]
+
+
+class NotFittedError(ValueError, AttributeError):
+    """The estimator was used before ``fit``."""
+
+
+class Conventions:
+    """Parameters by name, tags, output containers and seeds."""
+
+    random_state: Any
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {n: getattr(self, n) for n in self._names()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Set constructor arguments."""
+        for name, value in params.items():
+            if name not in self._names():
+                raise ValueError(
+                    f"Invalid parameter {name!r} for estimator {self}. "
+                    f"Valid parameters are: {self._names()}."
+                )
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        default = {
+            n: p.default for n, p in inspect.signature(type(self).__init__).parameters.items()
+        }
+        changed = [
+            f"{n}={v!r}"
+            for n, v in self.get_params().items()
+            if not (v is default[n] or v == default[n])
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags
+
+        tags = Tags(
+            estimator_type="density_estimator",
+            target_tags=TargetTags(required=False),
+            input_tags=InputTags(),
+        )
+        tags.input_tags.allow_nan = True
+        tags.input_tags.string = True
+        tags.input_tags.categorical = True
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "model_")
+
+    def set_output(self, *, transform: str | None = None) -> Self:
+        """Whether tables come back as ``"pandas"`` or, with ``"default"``, as arrays."""
+        if transform not in (None, "pandas", "default"):
+            raise ValueError(
+                f"set_output: transform must be 'pandas', 'default' or None; got {transform!r}"
+            )
+        if transform is not None:
+            self._output = transform
+        return self
+
+    def _wrapped(self, frame: pd.DataFrame) -> Any:
+        return frame.to_numpy() if getattr(self, "_output", "pandas") == "default" else frame
+
+    def _seed(self, random_state: Any = None) -> int:
+        state = self.random_state if random_state is None else random_state
+        if state is None:
+            return int(np.random.SeedSequence().generate_state(1)[0])
+        if hasattr(state, "randint"):
+            return int(state.randint(2**31 - 1))
+        if isinstance(state, np.random.Generator):
+            return int(state.integers(2**31 - 1))
+        if isinstance(state, numbers.Integral):
+            return int(state)
+        raise ValueError(
+            f"random_state must be an integer, a RandomState, a Generator or None; got {state!r}"
+        )
+
+    def _generator(self, random_state: Any = None) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed(random_state))
