@@ -37,9 +37,9 @@ class FlowDistribution(TransformedDistribution):
 
 
 class Flow(PyroModule):
-    r"""A distribution made by a bijection from a simple one: :math:`y = f(x.
+    r"""A distribution made by a bijection from a simple one.
 
-    C),\ x \sim \text{base}(c)`.
+    .. math:: y = f(x; c), \qquad x \sim \text{base}(c)
 
     ``flow()`` or ``flow(context)`` is a Pyro distribution. Inside a Pyro model or guide the call
     also registers the parameters, so nothing else is needed to learn them::
