@@ -74,15 +74,17 @@ class _Scaling:
 
 @dataclass(frozen=True)
 class Affine(_Scaling):
-    """y = exp(s) x + t with |s| < bound, s = bound tanh(raw / bound) (RealNVP, Dinh et al.
-
-    2017, eq. 8).
+    """y = exp(s) x + t with |s| < bound, where s = bound tanh(raw / bound).
 
     Args:
-        bound: Largest |s|, in nats; arXiv:1605.08803 leaves s unbounded, which overflows.
+        bound: Largest |s|, in nats; the paper leaves s unbounded, which overflows.
 
     Raises:
         ValueError: If ``bound`` is not positive.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, eq. 8.
+        arXiv:1605.08803
     """
 
     num_params: ClassVar[int] = 2
@@ -104,15 +106,16 @@ class Affine(_Scaling):
 
 @dataclass(frozen=True)
 class Scale(_Scaling):
-    """y = exp(s) x with |s| < bound (NICE's diagonal scaling, Dinh et al. 2015, section 3.3).
-
-    ArXiv:1410.8516.
+    """y = exp(s) x with |s| < bound: NICE's diagonal scaling.
 
     Args:
         bound: Largest |s|, in nats.
 
     Raises:
         ValueError: If ``bound`` is not positive.
+
+    References:
+        Dinh, Krueger, Bengio (2015), NICE, section 3.3. arXiv:1410.8516
     """
 
     num_params: ClassVar[int] = 1

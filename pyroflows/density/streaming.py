@@ -106,9 +106,9 @@ class TableFile:
             )
 
     def sample(self, rows: int, rng: np.random.Generator) -> pd.DataFrame:
-        """About ``rows`` random rows: a share of each of up to 64 random row groups (CSV.
+        """About ``rows`` random rows, a share of each of up to 64 random row groups.
 
-        Of the whole file).
+        Of a CSV file, which has no groups, a share of the whole.
         """
         import pandas as pd
 
