@@ -176,7 +176,7 @@ def diagnose(
         missed = -math.expm1(weights.log_evidence - wider)
         problems.append(f"it misses about {missed:.0%} of the posterior mass, found elsewhere")
         advice.append(
-            "fit with tempering (fit_guide with temperature=4.0) or from another init_loc_fn; "
+            "fit with tempering (fit_guide with temperature=30.0) or from another init_loc_fn; "
             "several modes may exist"
         )
     return Diagnosis(

@@ -204,7 +204,7 @@ def test_importance_weighted_bound_is_tighter():
 
 def test_tempering_finds_the_modes_that_a_plain_fit_misses():
     cold = diagnose(ring, fitted(ring, num_steps=150)[0])
-    warm_guide, _ = fitted(ring, temperature=10.0, num_steps=400)
+    warm_guide, _ = fitted(ring, temperature=30.0, num_steps=400)
     warm = diagnose(ring, warm_guide)
     assert not cold.ok and any("misses" in p for p in cold.problems)
     assert abs(warm.weights.log_evidence) < 0.25
@@ -324,3 +324,10 @@ def test_schedule_and_clipper():
     torch.testing.assert_close(p.grad, torch.full((3,), 2.0))
     p.grad = torch.full((3,), torch.nan)
     assert not clip([p])
+
+
+def test_fit_of_the_importance_weighted_bound():
+    guide, result = fitted(banana, num_steps=200, iwae=True)
+    assert not result.reverted
+    assert abs(result.diagnostics.log_evidence) < 0.03
+    assert result.diagnostics.effective_sample_size > 0.8

@@ -24,7 +24,7 @@ class FlowChains:
         independence_rate: Share of accepted independence proposals.
         hmc_rate: Share of accepted Hamiltonian proposals.
         step_size: Step of the Hamiltonian moves after warm-up, in units of the flow's noise.
-        rhat: Largest split R-hat over the unconstrained latents; below 1.01 the chains agree.
+        rhat: Largest split R-hat over the flow's noise; below 1.01 the chains agree.
     """
 
     samples: dict[str, Tensor]
@@ -144,5 +144,5 @@ def flow_mcmc(
         jumps / num_samples,
         moves / num_samples,
         math.exp(log_step),
-        split_rhat(u).max().item(),
+        split_rhat(draws).max().item(),
     )
