@@ -1,8 +1,8 @@
 """A latent-variable model of the wines with an amortized flow guide, trained on minibatches.
 
 Each wine has two latent numbers; a network decodes them into its measurements (Kingma and Welling
-2014). Beside it the same guide with a Gaussian in place of the flow: how much a flow adds depends on
-how far a row's posterior is from normal, and here it is near.
+2014). Beside it the same guide with a Gaussian in place of the flow: how much a flow adds depends
+on how far a row's posterior is from normal, and here it is near.
 
     python examples/amortized.py
 """

@@ -164,27 +164,34 @@ class AutoFlow(AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """Distribution of the unconstrained latents, event shape ``(D,)``."""
         transform = self.get_transform(*args, **kwargs)
-        return dist.TransformedDistribution(self.get_base_dist(), [transform], validate_args=False)
+        vector, held = transform._parameters["vector"], self.__dict__.get("_posterior")
+        if held is None or held[0] is not vector or held[1] is not transform.loc:
+            made = dist.TransformedDistribution(
+                self.get_base_dist(), [transform], validate_args=False
+            )
+            held = self.__dict__["_posterior"] = (vector, transform.loc, made)
+        return held[2]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site; see :class:`~pyro.infer.autoguide.AutoContinuous`."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        if not self._moving_supports:
-            return super().forward(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        seen = self._run_model(latent, args, kwargs)
+        seen = self._run_model(latent, args, kwargs) if self._moving_supports else None
         result = {}
         for site, u in self._unpack_latent(latent):
             name, event_dim = site["name"], site["fn"].event_dim
-            value = seen.values[name]
-            log_det = biject_to(seen.supports[name]).log_abs_det_jacobian(u, value)
-            log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
+            transform = biject_to(seen.supports[name] if seen else site["fn"].support)
+            value = seen.values[name] if seen else transform(u)
+            log_density: Tensor | float = 0.0
+            if poutine.get_mask() is not False:
+                log_det = transform.log_abs_det_jacobian(u, value)
+                log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
+            delta = dist.Delta(value, log_density, event_dim=event_dim, validate_args=False)
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[name]:
                     stack.enter_context(plates[frame.name])
-                delta = dist.Delta(value, log_density=log_density, event_dim=event_dim)
                 result[name] = pyro.sample(name, delta)
         return result
 
@@ -339,7 +346,8 @@ class AutoFlow(AutoContinuous):
             _model=kept[0], master=kept[1]
         )  # Pyro's takes the model away from the original
         state.update(_model=None, _raw_model=None, master=None)
-        state.pop("_base", None)
+        for memory in ("_base", "_posterior"):
+            state.pop(memory, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
