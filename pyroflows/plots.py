@@ -282,7 +282,8 @@ def conditional_density(
     if not model.model_.num_given:
         log_p = log_p - model.log_marginal(pd.DataFrame([dict(given)]))[0]
     if spec.is_label:
-        ax.bar([str(v) for v in values], np.exp(log_p), color=MODEL)
+        share = np.exp(log_p - log_p.max())
+        ax.bar([str(v) for v in values], share / share.sum(), color=MODEL)
         ax.set_ylabel("probability")
     else:
         ax.plot(
