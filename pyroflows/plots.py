@@ -278,9 +278,9 @@ def conditional_density(
         grid = place
     values = list(spec.levels) if grid is None else list(grid)
     frame = pd.DataFrame([{**given, column: v} for v in values])
-    log_p = model.log_marginal(frame)
+    log_p = model.log_marginal(frame, draws=256)
     if not model.model_.num_given:
-        log_p = log_p - model.log_marginal(pd.DataFrame([dict(given)]))[0]
+        log_p = log_p - model.log_marginal(pd.DataFrame([dict(given)]), draws=8192)[0]
     if spec.is_label:
         share = np.exp(log_p - log_p.max())
         ax.bar([str(v) for v in values], share / share.sum(), color=MODEL)

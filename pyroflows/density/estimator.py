@@ -464,7 +464,7 @@ class DensityEstimator(Conventions):
         """Mean log-density of the rows."""
         return float(np.mean(self.score_samples(X)))
 
-    def log_marginal(self, X: Any) -> np.ndarray:
+    def log_marginal(self, X: Any, *, draws: int | None = None) -> np.ndarray:
         """Log-density of the cells that are there, shape (rows,).
 
         Columns may be absent, whatever ``missing`` says.
@@ -472,7 +472,9 @@ class DensityEstimator(Conventions):
         values = self._given_or_all(X)
         return (
             self._ready()
-            .log_prob(values, draws=self.draws, generator=torch.Generator().manual_seed(0))
+            .log_prob(
+                values, draws=draws or self.draws, generator=torch.Generator().manual_seed(0)
+            )
             .numpy()
         )
 
