@@ -55,8 +55,8 @@ def local_flow(
                 activation=nn.SiLU,
             )
             layers.append(Coupling(scalar, net, mask, context_dim=context_dim))
-    net = Free(2, latent_dim, context_dim=context_dim, hidden_dims=hidden, activation=nn.SiLU)
-    layers.append(Elementwise(scalar, net, [latent_dim], context_dim=context_dim))
+    free = Free(2, latent_dim, context_dim=context_dim, hidden_dims=hidden, activation=nn.SiLU)
+    layers.append(Elementwise(scalar, free, [latent_dim], context_dim=context_dim))
     return Compose(layers)
 
 
@@ -122,7 +122,8 @@ class AmortizedFlow(AutoGuide):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        model, init = self._model, functools.partial(init_where_possible, self._init_loc_fn)
+        model: Any = self.__dict__["_model"]  # past PyroModule, whose typing is lost on it
+        init = functools.partial(init_where_possible, self._init_loc_fn)
         self._model = (InitMessenger(init)(model[0]),)
         try:
             super()._setup_prototype(*args, **kwargs)

@@ -34,10 +34,9 @@ class AutoFlow(AutoContinuous):
     .. math:: u = \mu + W\,(b + A f(z)), \qquad z \sim N(0, I),
 
     with u the concatenated unconstrained latents, f a flow that starts as the identity, A
-    triangular, and
-    :math:`\mu, W` fixed by a pre-fit (:meth:`prefit`, which :func:`fit_guide` calls). Without it
-    :math:`\mu` comes from ``init_loc_fn``, W is the identity and A is ``init_scale`` times the
-    identity.
+    triangular, and :math:`\mu, W` fixed by a pre-fit (:meth:`prefit`, which :func:`fit_guide`
+    calls). Without it :math:`\mu` comes from ``init_loc_fn``, W is the identity and A is
+    ``init_scale`` times the identity.
 
     It is an :class:`~pyro.infer.autoguide.AutoContinuous` and works wherever one does. All
     trainable numbers are one parameter, ``packed``: a step of SVI costs one message.
@@ -45,9 +44,8 @@ class AutoFlow(AutoContinuous):
     Args:
         model: The model. Its latents must be continuous; supports may depend on other sites.
         flow: Callable ``latent_dim -> Bijection``, transform, list of these or Flow; or the name
-            of one of
-            :mod:`pyroflows.recipes`; None for the default, :func:`posterior_flow`. Noise to
-            latents.
+            of one of :mod:`pyroflows.recipes`; None for the default, :func:`posterior_flow`.
+            From noise, which is standard normal, to latents.
         init_loc_fn: Initial value of each site; see :mod:`pyro.infer.autoguide.initialization`.
         init_scale: Initial standard deviation of each unconstrained latent.
         full_rank: Whether A and W are triangular matrices rather than diagonal; up to 300 latents
@@ -391,7 +389,7 @@ class _Seen(poutine.messenger.Messenger):
 
 
 def _owned(parameter: nn.Parameter) -> nn.Parameter:
-    parameter._belongs_to_a_guide = True
+    parameter._belongs_to_a_guide = True  # type: ignore[attr-defined]
     return parameter
 
 
@@ -405,8 +403,13 @@ def _make_flow(flow: Callable[[int], Any] | str | None, latent_dim: int) -> Bije
             raise ValueError(
                 f"AutoFlow: flow must be one of {sorted(recipes.__all__)}; got {flow!r}"
             )
-        flow = getattr(recipes, flow)
-    made = flow(latent_dim)
+        made = getattr(recipes, flow)(latent_dim)
+    else:
+        made = flow(latent_dim)
+    if any(True for _ in getattr(made, "base", nn.Module()).parameters()):
+        raise ValueError(
+            "AutoFlow: the flow's base must be the standard normal; got a learnable one"
+        )
     made = getattr(made, "transform", made)
     if isinstance(made, Transform):
         return as_bijection(made)

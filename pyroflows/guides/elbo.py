@@ -103,7 +103,7 @@ class PathGradientELBO(ELBO):
     def _log_weights(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
         """Log p - log q of each particle; ``(S,)``, or ``()`` when they come one at a time."""
         batched = self.vectorize_particles and self.num_particles > 1
-        total: Tensor | float = 0.0
+        total: Any = 0.0
         for trace, sign in ((model_trace, 1 / self.temperature), (guide_trace, -1.0)):
             for site in trace.nodes.values():
                 if site["type"] != "sample" or is_identically_zero(site["log_prob"]):
@@ -192,7 +192,7 @@ class PathGradientELBO(ELBO):
                 surrogate = surrogate - share * objective
             else:
                 (-share * objective).backward()
-                grads = [leaf.grad for _, leaf in pairs]
+                grads = tuple(leaf.grad for _, leaf in pairs)
             found = [
                 (value, grad)
                 for (value, _), grad in zip(pairs, grads, strict=True)
@@ -206,8 +206,8 @@ class PathGradientELBO(ELBO):
     def _drop(self, paths: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Gradients with those of particles that are anywhere not finite set to zero."""
         if not (self.vectorize_particles and self.num_particles > 1):
-            ok = all(bool(grad.isfinite().all()) for _, grad in paths)
-            return paths if ok else []
+            finite = all(bool(grad.isfinite().all()) for _, grad in paths)
+            return paths if finite else []
         ok = torch.stack(
             [
                 g.isfinite().reshape(len(g), -1).all(1)

@@ -392,7 +392,7 @@ def _train(
     # default flow, which is pre-fitted and cheap to invert, late for others, never where the
     # inverse takes a pass for each latent.
     num_anneal = 0 if temperature == 1.0 else most // 2
-    path_below = 0.0 if not transport.inverts_cheaply else 0.5 if guide._flow else math.inf
+    path_below = 0.0 if not transport.inverts_cheaply else 0.3 if guide._flow else math.inf
     for step in range(most):
         factor = schedule.factor(step)
         if factor == 0.0:

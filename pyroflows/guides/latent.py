@@ -224,7 +224,9 @@ class LatentDensity:
             return function()
 
         with torch.no_grad():
-            expected = torch.stack([same_randomness(lambda p=p: self._or_nan(p)) for p in probe])
+            expected = torch.stack(
+                [same_randomness(functools.partial(self._or_nan, p)) for p in probe]
+            )
             fine = expected.isfinite()
             probe, expected = probe[fine], expected[fine]
             if len(probe) < 2:
@@ -232,7 +234,7 @@ class LatentDensity:
             tol = math.sqrt(torch.finfo(u.dtype).eps)
             for way in (self._native, torch.vmap(self._native, randomness="same")):
                 try:
-                    actual = same_randomness(lambda way=way: way(probe))
+                    actual = same_randomness(functools.partial(way, probe))
                 except Exception:
                     continue
                 if torch.allclose(actual, expected, rtol=tol, atol=tol, equal_nan=True):
@@ -294,7 +296,8 @@ class _Inverse(Messenger):
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.values, self.unconstrained = values, {}
+        self.values = values
+        self.unconstrained: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         value = self.values.get(msg["name"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyroflows.bijection import Bijection, Compose
 from pyroflows.conditioners import Dense, Free
-from pyroflows.scalar import Affine, ScalarMap
+from pyroflows.scalar import Affine, Params, ScalarMap
 from pyroflows.splines import RationalQuadratic
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise
@@ -38,14 +38,14 @@ class Chain:
         """Parameters of both maps."""
         return self.first.num_params + self.second.num_params
 
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return y and log|dy/dx|."""
         n = self.first.num_params
         middle, first_slope = self.first.forward(x, params[:n])
         y, second_slope = self.second.forward(middle, params[n:])
         return y, first_slope + second_slope
 
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return x and log|dx/dy|."""
         n = self.first.num_params
         middle, second_slope = self.second.inverse(y, params[n:])
