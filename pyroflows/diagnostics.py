@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
@@ -208,7 +207,8 @@ class _Predictive(Messenger):
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.values, self.predicted = values, []
+        self.values = values
+        self.predicted: list[dict[str, Any]] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.values:
@@ -299,11 +299,10 @@ def to_arviz(
             }
     named = _plate_dims(draws, {**{k: v[0] for k, v in drawn.items()}, **observed})
     named.update(dims or {})
-    attrs = {"inference_library": "pyroflows", "inference_library_version": pyro.__version__}
-    from_dict = functools.partial(arviz.from_dict, coords=dict(coords or {}), dims=named)
-    if (
-        int(arviz.__version__.split(".")[0]) >= 1
-    ):  # hasattr tests mislead: 1.x answers True to InferenceData
+    attrs = {"inference_library": "pyroflows"}
+    from_dict: Any = functools.partial(arviz.from_dict, coords=dict(coords or {}), dims=named)
+    # hasattr tests mislead: 1.x answers True to InferenceData
+    if int(arviz.__version__.split(".")[0]) >= 1:
         return from_dict(groups, attrs={"/": attrs})
     return from_dict(**groups, attrs=attrs)
 

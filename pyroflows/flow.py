@@ -161,7 +161,7 @@ class Flow(PyroModule):
 
     def _parts(self) -> tuple[nn.Module, Bijection]:
         """Base and transform, past PyroModule's attributes, which tell Pyro of each access."""
-        return self._modules["base"], self._modules["transform"]  # type: ignore[return-value]
+        return self._modules["base"], self._modules["transform"]
 
     def _check_context(self, context: Tensor | None) -> None:
         if context is None and self.context_dim:
