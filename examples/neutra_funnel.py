@@ -65,9 +65,7 @@ def main() -> None:
 
     chains = flow_mcmc(model, guide, num_samples=max(10, args.num_samples // 4))
     report("flow_mcmc, 16 chains", chains.samples["v"])
-    print(
-        f"accepted: {chains.independence_rate:.0%} of the flow's proposals; R-hat {chains.rhat:.3f}"
-    )
+    print(f"accepted {chains.independence_rate:.0%} of the draws; R-hat {chains.rhat:.3f}")
 
 
 if __name__ == "__main__":
