@@ -281,16 +281,7 @@ class Bijection(TransformModule):
         """
         if not self.context_dim:
             return self
-        if not isinstance(context, Tensor):
-            raise TypeError(
-                f"{type(self).__name__} expects a context tensor of shape (..., "
-                f"{self.context_dim}); got {type(context).__name__}"
-            )
-        if context.dim() == 0 or context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"{type(self).__name__} expects a context of shape (..., {self.context_dim}); "
-                f"got {tuple(context.shape)}"
-            )
+        check_context(context, self.context_dim, type(self).__name__)
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view.__dict__.update(_context=context, _entry=None, _inverse_ref=None)
@@ -317,6 +308,19 @@ class Bijection(TransformModule):
 
 # For isinstance; inheriting would bring the ABC metaclass, which forbids PyroModule[Bijection].
 ConditionalTransformModule.register(Bijection)
+
+
+def check_context(context: Any, context_dim: int, owner: str) -> None:
+    """Refuse what is no tensor of shape ``(*batch, context_dim)``, in the name of ``owner``."""
+    if not isinstance(context, Tensor):
+        raise TypeError(
+            f"{owner} expects a context tensor of shape (..., {context_dim}); "
+            f"got {type(context).__name__}"
+        )
+    if context.dim() == 0 or context.shape[-1] != context_dim:
+        raise ValueError(
+            f"{owner} expects a context of shape (..., {context_dim}); got {tuple(context.shape)}"
+        )
 
 
 class Inverse(Bijection):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from pyroflows.bases import as_base
-from pyroflows.bijection import Bijection, Compose, as_bijection
+from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -175,16 +175,7 @@ class Flow(PyroModule):
                 f"this flow takes no context; got one of shape {tuple(context.shape)}. "
                 "Build it with context_dim="
             )
-        if not isinstance(context, Tensor):
-            raise TypeError(
-                f"this flow expects a context tensor of shape (..., {self.context_dim}); "
-                f"got {type(context).__name__}"
-            )
-        if context.dim() == 0 or context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"this flow expects a context of shape (..., {self.context_dim}); "
-                f"got {tuple(context.shape)}"
-            )
+        check_context(context, self.context_dim, "this flow")
 
     def _register(self) -> None:
         if pyro.settings.get("module_local_params"):
