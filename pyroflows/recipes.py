@@ -11,7 +11,7 @@ Which one: ``neural_spline`` for densities and guides; ``realnvp`` where every m
 volume preservation up to a scaling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,45 @@ def _masks(input_dim: int, count: int) -> list[Tensor | None]:
     return [cycle[i % 4] for i in range(count)]
 
 
+def _couplings(
+    factory: Callable[..., Bijection],
+    input_dim: int,
+    context_dim: int,
+    count: int,
+    hidden_dims: Sequence[int] | None,
+    **kwargs: Any,
+) -> list[Bijection]:
+    """``count`` couplings under the masks in turn."""
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    return [
+        factory(input_dim, hidden_dims=hidden_dims, mask=m, context_dim=context_dim, **kwargs)
+        for m in _masks(input_dim, count)
+    ]
+
+
+def _autoregressives(
+    factory: Callable[..., Bijection],
+    input_dim: int,
+    context_dim: int,
+    count: int,
+    hidden_dims: Sequence[int] | None,
+    **kwargs: Any,
+) -> list[Bijection]:
+    """``count`` autoregressive layers, in the natural order of the features and its reverse."""
+    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
+    natural = torch.arange(input_dim)
+    return [
+        factory(
+            input_dim,
+            hidden_dims=hidden_dims,
+            permutation=natural.flip(0) if i % 2 else natural,  # what came last now comes first
+            context_dim=context_dim,
+            **kwargs,
+        )
+        for i in range(count)
+    ]
+
+
 def _flow(
     base: BaseLike, input_dim: int, transforms: Sequence[Bijection], name: str | None
 ) -> Flow:
@@ -92,11 +131,9 @@ def nice(
     References:
         Dinh, Krueger, Bengio (2015), NICE. arXiv:1410.8516
     """
-    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
-    kwargs = dict(hidden_dims=hidden_dims, context_dim=context_dim, **network)
-    couplings = [
-        additive_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)
-    ]
+    couplings = _couplings(
+        additive_coupling, input_dim, context_dim, num_transforms, hidden_dims, **network
+    )
     return _flow(base, input_dim, [*couplings, elementwise_scale(input_dim)], name)
 
 
@@ -117,11 +154,9 @@ def realnvp(
     References:
         Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP. arXiv:1605.08803
     """
-    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
-    kwargs = dict(hidden_dims=hidden_dims, context_dim=context_dim, **network)
-    couplings = [
-        affine_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, num_transforms)
-    ]
+    couplings = _couplings(
+        affine_coupling, input_dim, context_dim, num_transforms, hidden_dims, **network
+    )
     return _flow(base, input_dim, couplings, name)
 
 
@@ -175,15 +210,6 @@ def glow(
     return _flow(base, input_dim, steps, name)
 
 
-def _orders(input_dim: int, count: int) -> list[Tensor]:
-    """The natural order and its reverse in turn.
-
-    What is last in one layer is first in the next.
-    """
-    natural = torch.arange(input_dim)
-    return [natural if i % 2 == 0 else natural.flip(0) for i in range(count)]
-
-
 def iaf(
     input_dim: int,
     context_dim: int = 0,
@@ -204,13 +230,9 @@ def iaf(
         Kingma et al. (2016), Improving variational inference with inverse autoregressive flow.
         arXiv:1606.04934
     """
-    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
-    layers = [
-        affine_autoregressive(
-            input_dim, hidden_dims, permutation=o, context_dim=context_dim, **network
-        )
-        for o in _orders(input_dim, num_transforms)
-    ]
+    layers = _autoregressives(
+        affine_autoregressive, input_dim, context_dim, num_transforms, hidden_dims, **network
+    )
     return _flow(base, input_dim, layers, name)
 
 
@@ -233,14 +255,10 @@ def maf(
     References:
         Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow. arXiv:1705.07057
     """
-    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
-    layers = [
-        affine_autoregressive(
-            input_dim, hidden_dims, permutation=o, context_dim=context_dim, **network
-        ).inv
-        for o in _orders(input_dim, num_transforms)
-    ]
-    return _flow(base, input_dim, layers, name)
+    layers = _autoregressives(
+        affine_autoregressive, input_dim, context_dim, num_transforms, hidden_dims, **network
+    )
+    return _flow(base, input_dim, [layer.inv for layer in layers], name)
 
 
 def neural_spline(
@@ -279,21 +297,11 @@ def neural_spline(
     References:
         Durkan, Bekasov, Murray, Papamakarios (2019), Neural spline flows. arXiv:1906.04032
     """
-    hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
     count = num_transforms if num_transforms is not None else 3 if autoregressive else 6
-    kwargs = dict(
-        hidden_dims=hidden_dims,
-        count_bins=count_bins,
-        bound=bound,
-        context_dim=context_dim,
-        **network,
-    )
-    layers: list[Bijection]
+    sizes = (input_dim, context_dim, count, hidden_dims)
+    network.update(count_bins=count_bins, bound=bound)
     if autoregressive:
-        layers = [
-            spline_autoregressive(input_dim, permutation=o, **kwargs).inv
-            for o in _orders(input_dim, count)
-        ]
+        layers = [t.inv for t in _autoregressives(spline_autoregressive, *sizes, **network)]
     else:
-        layers = [spline_coupling(input_dim, mask=m, **kwargs) for m in _masks(input_dim, count)]
+        layers = _couplings(spline_coupling, *sizes, **network)
     return _flow(base, input_dim, [*layers, elementwise_affine(input_dim)], name)
