@@ -64,7 +64,7 @@ class Base(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> Distribution:
         """Return the distribution, with event shape ``event_shape``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no distribution")
 
     def extra_repr(self) -> str:
         """Name the event shape."""

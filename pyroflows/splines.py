@@ -124,7 +124,7 @@ class _Spline:
         Returns:
             The output, the log-slope, and whatever `_bin_gradient` shall be given again.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is no spline by itself")
 
     def _bin_gradient(
         self,
@@ -152,7 +152,7 @@ class _Spline:
             g_log: Gradient of the log-slope; shape (N,).
             inverse: The direction.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is no spline by itself")
 
 
 @dataclass(frozen=True)
