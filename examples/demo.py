@@ -164,6 +164,7 @@ def _draw_table(real: pd.DataFrame, drawn: pd.DataFrame, path: Path) -> None:
         ax.hist(drawn[name], edges, density=True, histtype="step", color="C0", label="samples")
         ax.set_title(name, fontsize=9)
         ax.set_yticks([])
+        ax.locator_params(axis="x", nbins=4)
     axes.flat[0].legend(fontsize=8)
     ax = axes.flat[-1]
     ax.plot(real["density"], real["alcohol"], ".", ms=1, color="0.6")
