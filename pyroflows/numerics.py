@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["functorch_active", "monotone_inverse", "soft_bound"]
+__all__ = ["functorch_active", "gradients_of", "monotone_inverse", "plain", "soft_bound"]
 
 
 def soft_bound(raw: Tensor, bound: float) -> Tensor:
@@ -34,6 +36,54 @@ def soft_bound(raw: Tensor, bound: float) -> Tensor:
 def functorch_active() -> bool:
     """Tell whether a `torch.func` transform is running, under which no value can be looked at."""
     return torch._C._are_functorch_transforms_active()
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Tell whether nothing but eager autograd is looking on, so that kernels may do the work.
+
+    Not so under `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` and forward mode,
+    nor where one of ``tensors`` stands for a batch of them, as under
+    ``torch.autograd.grad(..., is_grads_batched=True)``. Values must not be looked at then.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or functorch_active()
+        or forward_ad._current_level >= 0
+        or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+        or any(torch._C._functorch.is_batchedtensor(t) for t in tensors)
+    )
+
+
+def gradients_of(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Any],
+    needs: Sequence[bool],
+    grads: Tensor | tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """Differentiate a formula, within the backward of the kernel that stands for it.
+
+    Where gradients are enabled the result has a graph, so that it can be differentiated in turn.
+    The inputs may depend on each other (parameters on x): a walk from one back to another would
+    count that path twice, and free a graph that is not ours. So it is fresh views that the
+    gradients are taken with respect to.
+
+    Args:
+        formula: Differentiable operations; takes ``inputs``.
+        inputs: What the kernel was given.
+        needs: Which of them ask for a gradient, such as ``ctx.needs_input_grad``.
+        grads: Gradients of what ``formula`` returns.
+
+    Returns:
+        For each input its gradient, or None if it asks for none.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        wanted = [view for view, need in zip(views, needs, strict=True) if need]
+        found = torch.autograd.grad(formula(*views), wanted, grads, create_graph=create_graph)
+    rest = iter(found)
+    return tuple(next(rest) if need else None for need in needs)
 
 
 def monotone_inverse(
@@ -74,7 +124,7 @@ def monotone_inverse(
     eps = torch.finfo(y.dtype).eps
     if num_steps is None:
         num_steps = 96 if eps < 1e-10 else 48
-    can_stop = not torch.compiler.is_compiling() and not functorch_active()
+    can_stop = plain(y)
     look_every = 1 if y.device.type == "cpu" else 8  # looking makes an accelerator wait
     finite = y.isfinite()
     with torch.no_grad():

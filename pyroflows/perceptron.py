@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroflows.numerics import functorch_active
+from pyroflows.numerics import gradients_of, plain
 
 __all__ = ["perceptron"]
 
@@ -44,27 +44,16 @@ def perceptron(
     weights, biases = zip(*layers, strict=True)
     if _applies(x) and all(w.dtype == x.dtype for w in weights):
         return _Perceptron.apply(x, shift, feature_major, *weights, *biases)
-    return _plain(x, shift, feature_major, weights, biases)
+    return _plain(x, shift, feature_major, *weights, *biases)
 
 
 def _applies(tensor: Tensor) -> bool:
-    """Tell whether nothing but plain autograd is looking on."""
-    return (
-        not torch.compiler.is_compiling()
-        and not functorch_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # is_grads_batched=True
-        and not torch.is_autocast_enabled(tensor.device.type)
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    return plain(tensor) and not torch.is_autocast_enabled(tensor.device.type)
 
 
-def _plain(
-    x: Tensor,
-    shift: Tensor | None,
-    feature_major: bool,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-) -> Tensor:
+def _plain(x: Tensor, shift: Tensor | None, feature_major: bool, *parameters: Tensor) -> Tensor:
+    n = len(parameters) // 2
+    weights, biases = parameters[:n], parameters[n:]
     h = torch.addmm(biases[0], x, weights[0])
     h = (h if shift is None else h + shift).relu()
     for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
@@ -98,10 +87,11 @@ class _Perceptron(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, *saved = ctx.saved_tensors
         n = (len(saved) + 1) // 3
-        weights, biases, hidden = saved[:n], saved[n : 2 * n], saved[2 * n :]
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled() or not _applies(grad):
-            return _by_autograd(x, shift, ctx.feature_major, weights, biases, needs, grad)
+            inputs = (x, shift, ctx.feature_major, *saved[: 2 * n])
+            return gradients_of(_plain, inputs, needs, grad)
+        weights, hidden = saved[:n], saved[2 * n :]
         grad = grad.contiguous()
         if ctx.feature_major:
             grad = grad.t()
@@ -125,24 +115,6 @@ class _Perceptron(torch.autograd.Function):
         if shift is not None and needs[1]:
             to_shift = grad if shift.dim() == 2 else grad.sum(0)
         return to_x, to_shift, None, *to_weights, *to_biases
-
-
-def _by_autograd(
-    x: Tensor,
-    shift: Tensor | None,
-    feature_major: bool,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    needs: Sequence[bool],
-    grad: Tensor,
-) -> tuple[Tensor | None, ...]:
-    inputs = [x, shift, None, *weights, *biases]
-    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        out = _plain(x, shift, feature_major, weights, biases)
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
-    return tuple(next(found) if needed else None for needed in needs)
 
 
 # --------------------------------------------------------------------------------------- products

@@ -26,9 +26,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pyroflows.numerics import functorch_active, soft_bound
+from pyroflows.numerics import gradients_of, plain, soft_bound
 
 __all__ = ["LinearRational", "RationalQuadratic"]
 
@@ -474,8 +473,7 @@ def _evaluate(
         missing = len(shape) + 1 - params.dim()
         params = params.reshape(params.shape[0], *[1] * missing, *params.shape[1:])
         return spline._reference(z.expand(shape), params, inverse=inverse)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or functorch_active() or forward_ad._current_level >= 0:
+    if not plain(z, params):
         return spline._reference(z, params, inverse=inverse)
     return _Map.apply(spline, inverse, z, params)
 
@@ -498,24 +496,14 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g_out: Tensor, g_log: Tensor) -> tuple[Tensor | None, ...]:
         z, params, *place = ctx.saved_tensors
-        create_graph = torch.is_grad_enabled()
-        if create_graph or _is_batched(g_out) or _is_batched(g_log):
-            wanted = [t for t in (z, params) if t.requires_grad]
-            with torch.enable_grad():
-                out = ctx.spline._reference(z, params, inverse=ctx.inverse)
-                g = torch.autograd.grad(out, wanted, (g_out, g_log), create_graph=create_graph)
-            gradients = iter(g)
-            return None, None, *(next(gradients) if t.requires_grad else None for t in (z, params))
+        if torch.is_grad_enabled() or not plain(g_out, g_log):
+            formula = partial(ctx.spline._reference, inverse=ctx.inverse)
+            needs = ctx.needs_input_grad[2:]
+            return None, None, *gradients_of(formula, (z, params), needs, (g_out, g_log))
         layout, kernel = ctx.layout, partial(_gradient_rows, ctx.spline, ctx.inverse)
         columns = (layout.flatten(g_out), layout.flatten(g_log), layout.rows(params))
         g_z, g_params = _in_parts(kernel, *columns, *place)
         return None, None, layout.restore(g_z), layout.restore(g_params)
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Tell whether vmap is behind ``tensor``, as under ``grad(is_grads_batched=True)``."""
-    is_legacy = torch._C._functorch.is_legacy_batchedtensor(tensor)
-    return is_legacy or torch._C._functorch.is_batchedtensor(tensor)
 
 
 class _Layout:

@@ -118,7 +118,7 @@ CASES: dict[str, Case] = {
     "planar": Case(lambda c: T.planar(3, [8], context_dim=c), (3,)),
     "planar_one_feature": Case(lambda c: T.planar(1, [8], context_dim=c), (1,)),
     "radial": Case(lambda c: T.radial(3, [8], context_dim=c), (3,)),
-    "sylvester": Case(lambda c: T.sylvester(4, hidden_dims=[8], context_dim=c), (4,)),
+    "sylvester": Case(lambda c: T.sylvester(3, hidden_dims=[8], context_dim=c), (3,)),
     "part": Case(lambda c: T.Part(T.affine_coupling(3, [8], context_dim=c), 5, 3), (5,)),
     "conv_coupling": Case(
         lambda c: Compose(

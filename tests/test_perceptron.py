@@ -32,7 +32,7 @@ def problem(size, shift, dtype=torch.float64):
 
     def formula(x, *parameters, feature_major=False):
         weights, biases, shift = arguments(parameters)
-        return _plain(x, shift, feature_major, weights, biases)
+        return _plain(x, shift, feature_major, *weights, *biases)
 
     return [x, *parameters], fused, formula
 
