@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
@@ -87,6 +88,11 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         return self
+
+    @staticmethod
+    def _prototype_hide_fn(msg: dict[str, Any]) -> bool:
+        """Leave out what Pyro leaves out, and labels that are marked for enumeration."""
+        return prototype_hide_fn(msg) or bool(msg["infer"].get("enumerate"))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -225,7 +231,10 @@ class AutoFlow(AutoContinuous):
 
     def density(self, *args: Any, **kwargs: Any) -> LatentDensity:
         """The model's log-density on the flat vector that this guide's flow describes."""
-        return LatentDensity(self._raw_model[0], args, kwargs, init_loc_fn=self._init_loc_fn)
+        self.setup(*args, **kwargs)
+        names = [site["name"] for site in self._sites()]
+        model, init = self._raw_model[0], self._init_loc_fn
+        return LatentDensity(model, args, kwargs, init_loc_fn=init, names=names)
 
     def place(self, gaussian: Gaussian) -> None:
         """Start anew from a Gaussian: W and the location become its, A and f the identity."""

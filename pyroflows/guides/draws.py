@@ -162,11 +162,7 @@ def _draw(
     sites = [s for s in second.nodes.values() if s["type"] == "sample"]
     shapes = {s["name"]: s["value"].shape for s in sites if isinstance(s["value"], Tensor)}
     if isinstance(guide, AutoFlow):
-        density = guide.density(*args, **kwargs)
-        probe = guide.get_posterior().sample((3,))
-        with torch.no_grad():
-            density(probe)
-        vectorized = density._batched in (None, density._native)
+        vectorized = guide.density(*args, **kwargs).vectorizes
     else:
         vectorized = True
     parts = []

@@ -232,7 +232,7 @@ def fit_guide(
             result.cpu_seconds = time.process_time() - begun
             return result
         guide.setup(*args, **kwargs)
-        density = LatentDensity(model, args, kwargs, init_loc_fn=guide._init_loc_fn)
+        density = _density_for(model, guide, args, kwargs)
         packed, transport = guide._parameters["packed"], guide._modules["transport"]
         if prefit_first is None:
             prefit_first = torch.equal(packed, transport.initial)
@@ -259,6 +259,21 @@ def fit_guide(
             result.diagnostics = _assess(density, guide, result, iwae)
     result.cpu_seconds = time.process_time() - begun
     return result
+
+
+def _density_for(
+    model: Callable, guide: AutoFlow, args: tuple, kwargs: dict[str, Any]
+) -> LatentDensity:
+    """The model's density over the latents of the guide, which must be sites of the model."""
+    own = {site["name"]: tuple(site["value"].shape) for site in guide._sites()}
+    density = LatentDensity(model, args, kwargs, init_loc_fn=guide._init_loc_fn, names=list(own))
+    found = {s.name: s.value_shape for s in density.sites}
+    if list(found.items()) != list(own.items()):
+        raise ValueError(
+            f"fit_guide: the guide was made for another model: it has the latents {own}, and the "
+            f"model has {found}. Make the guide of this model: AutoFlow(model)"
+        )
+    return density
 
 
 def _train_any(

@@ -4,34 +4,59 @@ r"""A Pyro model as a log-density on one flat, unconstrained vector.
 
 Here :math:`T` maps the concatenated unconstrained latents to the supports of their sites. Each
 support is read while the model runs, so a support may depend on earlier sites, and flat priors
-(``ImproperUniform``) need no sampler.
+(``ImproperUniform``) need no sampler. Discrete latents are summed out.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.infer.autoguide.utils import helpful_support_errors
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
+from pyroflows.guides.evaluation import (
+    Evaluation,
+    Inverse,
+    Labels,
+    exposed,
+    is_discrete,
+    likelihoods,
+    marginal_terms,
+)
+from pyroflows.guides.routes import (
+    Failures,
+    gathered,
+    largest_tensor,
+    one_by_one,
+    preserved,
+    seeded,
+)
+
 __all__ = ["LatentDensity", "LatentSite", "init_where_possible", "plate_nesting"]
+
+BUDGET = 2**23  #: elements of the largest tensor of a batch that is evaluated without gradients
 
 
 def init_where_possible(init_loc_fn: Callable, site: dict[str, Any]) -> Tensor:
-    """``init_loc_fn(site)``, or the image of 0 for a site that cannot be sampled."""
+    """``init_loc_fn(site)``, or the image of 0 for a site that cannot be sampled.
+
+    Discrete sites are drawn.
+    """
+    if is_discrete(site) and getattr(site["fn"], "has_enumerate_support", False):
+        return site["fn"]()
     try:
         return init_loc_fn(site)
     except NotImplementedError:
@@ -77,79 +102,45 @@ class LatentSite:
         )
 
 
-class _Evaluation(Messenger):
-    """Substitute latents and add up log-densities while the model runs.
-
-    Attributes:
-        total: The log-density so far, Jacobians included; shape ``(*batch)`` or ``()``.
-        values: Constrained value of each latent.
-        observed: Log-density of each observed site, not summed, kept if ``record``.
-    """
-
-    def __init__(
-        self, unconstrained: dict[str, Tensor], nesting: int, record: bool = False
-    ) -> None:
-        super().__init__()
-        self.unconstrained, self.nesting, self.record = unconstrained, nesting, record
-        self.total: Tensor | float = 0.0
-        self.values: dict[str, Tensor] = {}
-        self.observed: dict[str, Tensor] = {}
-        self.supports: dict[str, Any] = {}
-
-    def _add(self, terms: Tensor) -> None:
-        """Sum over the plates: what lies to the left of them is the batch."""
-        n = terms.dim() - self.nesting
-        if n <= 0:
-            terms = terms.sum()
-        elif self.nesting:
-            terms = terms.flatten(n).sum(-1)
-        self.total = self.total + terms
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        u = self.unconstrained.get(msg["name"])
-        if u is None or msg["is_observed"]:
-            return
-        support = msg["fn"].support
-        transform = biject_to(support)
-        msg["value"] = transform(u)
-        log_det = transform.log_abs_det_jacobian(u, msg["value"])
-        extra = msg["fn"].event_dim - (msg["value"].dim() - log_det.dim())
-        self._add(log_det.flatten(-extra).sum(-1) if extra > 0 else log_det)
-        self.values[msg["name"]] = msg["value"]
-        self.supports[msg["name"]] = support
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if site_is_subsample(msg):
-            return
-        log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        if self.record and msg["is_observed"]:
-            self.observed[msg["name"]] = scale_and_mask(log_prob, 1.0, msg["mask"])
-        self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
-
-
 class LatentDensity:
     """The model's log-density over its latents as one flat unconstrained vector.
 
-    Cost: one run of the model per call, whatever the batch. The model runs with the batch as an
-    extra dimension to the left of its plates; a model that cannot (checked at the first batch
-    against single runs) goes through
-    :func:`torch.vmap`, or failing that one point at a time, with a warning.
+    Everything that evaluates a model at many latents does it through here, and so by one decision:
+
+    - ``density(u)``: log-densities; minus those of a guide at the same ``u``, the log-weights.
+      A point at which the model raises has NaN, spares the others, and is counted in ``failures``.
+    - ``density.constrain(u)``, ``density.unconstrain(values)``: between vectors and sites.
+    - ``density.likelihoods(u)``, ``density.map(function, u)``: what traces of the model hold.
+    - ``density.frozen()``: the same with one choice of subsamples for all calls.
+
+    The ``route`` is how the model takes a batch: ``"native"``, as an extra dimension to the left
+    of its plates; else ``"vmap"``; else ``"one by one"``, with a warning. It is decided at the
+    first batch on three points of its own, whose values must agree with single runs. Batches are
+    cut so that no tensor grows beyond a budget, where no gradient is taken.
+
+    Discrete latents with finitely many values are summed out as by
+    :class:`~pyro.infer.TraceEnum_ELBO`, marked by ``config_enumerate`` or not; also those that a
+    ``poutine.block`` around the model hides.
+
+    Making one costs a run of the model; the decision about ten.
 
     Args:
-        model: A Pyro model whose latents are all continuous.
+        model: A Pyro model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         init_loc_fn: Initial value of each site; see :mod:`pyro.infer.autoguide.initialization`.
+        names: The latents to hold; other continuous ones are drawn from the model. All if None.
 
     Attributes:
         sites: The latent sites, in the order in which the model meets them.
         dim: Length ``D`` of the flat vector.
         nesting: Number of plate dimensions of the model.
         init_loc: Flat vector of the initial values; shape ``(D,)``.
-        stochastic: Whether plates are subsampled, so that every call sees other data.
+        enumerated: Names of the discrete latents that are summed out.
+        failures: Points at which the model raised, so far.
 
     Raises:
-        ValueError: If a latent site is discrete; the message names it.
+        ValueError: If a discrete latent has infinitely many values; the message names it.
     """
 
     def __init__(
@@ -159,19 +150,33 @@ class LatentDensity:
         kwargs: dict[str, Any] | None = None,
         *,
         init_loc_fn: Callable = init_to_median,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs or {}
         init = InitMessenger(functools.partial(init_where_possible, init_loc_fn))
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(init(model)).get_trace(*self.args, **self.kwargs)
+        trace = self._prototype(init, model)
+        bare = exposed(model)
+        if bare is not model:  # what was hidden may have to be summed out
+            whole = self._prototype(init, bare)
+            hidden = set(whole.nodes) - set(trace.nodes)
+            if any(is_discrete(whole.nodes[name]) for name in hidden):
+                own = [n for n, s in trace.iter_stochastic_nodes() if not site_is_subsample(s)]
+                names = [n for n in own if names is None or n in names]
+                self.model, trace = bare, whole
         self.nesting = plate_nesting(trace)
         frames = [
             f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]
         ]
-        self.stochastic = any(f.full_size is not None and f.full_size != f.size for f in frames)
+        self._subsampled = any(f.full_size is not None and f.full_size != f.size for f in frames)
         self.sites: list[LatentSite] = []
+        self.enumerated: list[str] = []
         parts = []
         for name, site in prune_subsample_sites(trace).iter_stochastic_nodes():
+            if is_discrete(site):
+                self.enumerated.append(_summable(site))
+                continue
+            if names is not None and name not in names:
+                continue
             with helpful_support_errors(site):
                 value = biject_to(site["fn"].support).inv(site["value"])
             event_dim = site["fn"].event_dim + value.dim() - site["value"].dim()
@@ -179,72 +184,175 @@ class LatentDensity:
             shapes = tuple(value.shape), event_dim, tuple(site["value"].shape)
             self.sites.append(LatentSite(name, *shapes, start, value.numel()))
             parts.append(value.reshape(-1))
+        missing = set(names or ()) - {s.name for s in self.sites}
+        if missing:
+            latents = [n for n, _ in prune_subsample_sites(trace).iter_stochastic_nodes()]
+            raise ValueError(
+                f"the model has no latents {sorted(missing)}; it has {latents}. Was the guide "
+                "made for another model?"
+            )
         if not parts:
             raise RuntimeError("the model has no latent variables")
         self.init_loc = torch.cat(parts)
         self.dim = len(self.init_loc)
-        self._batched: Callable[[Tensor], Tensor] | None = None
+        self.failures = Failures()
+        self._route: str | None = None
+        self._size: int | None = None
+        self._random: bool | None = None
+        self._seed: int | None = None
 
-    def frozen(self, seed: int = 0) -> Callable[[Tensor], Tensor]:
+    def _prototype(self, init: Callable, model: Callable) -> poutine.Trace:
+        with torch.no_grad(), poutine.block():
+            return poutine.trace(init(model)).get_trace(*self.args, **self.kwargs)
+
+    # -------------------------------------------------------------------------- one run
+
+    def evaluate(self, u: Tensor) -> Evaluation:
+        """Run the model once at ``u``, ``(D,)`` or natively ``(S, D)``; return what was seen."""
+        unconstrained = {s.name: s.unpack(u, self.nesting) for s in self.sites}
+        run = Evaluation(unconstrained, self.nesting, adds=not self.enumerated)
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+            if not self.enumerated:
+                with run:
+                    self.model(*self.args, **self.kwargs)
+                return run
+            for term in marginal_terms(self._traced(run)):
+                run.total = run.total + term.sum()
+        return run
+
+    def trace(self, u: Tensor) -> poutine.Trace:
+        """Trace of the model at one point ``u``, ``(D,)``; enumerated labels to the left."""
+        run = Evaluation(
+            {s.name: s.unpack(u, self.nesting) for s in self.sites}, self.nesting, adds=False
+        )
+        with pyro.validation_enabled(False), poutine.block():
+            return self._traced(run)
+
+    def _traced(self, run: Evaluation) -> poutine.Trace:
+        with poutine.trace() as seen, Labels(first_available_dim=-1 - self.nesting), run:
+            self.model(*self.args, **self.kwargs)
+        return seen.trace
+
+    def _log_density(self, u: Tensor) -> Tensor:
+        total = torch.as_tensor(self.evaluate(u).total, dtype=u.dtype, device=u.device)
+        return total.expand(u.shape[:-1])
+
+    def _alone(self, u: Tensor) -> Tensor:
+        """Log-density at one point; NaN if the model raises there."""
+        try:
+            return self._log_density(u)
+        except Exception as error:  # whatever it is: it costs this point, is counted and kept
+            self.failures.add(error)
+            return u.sum() * math.nan
+
+    # -------------------------------------------------------------------------- many points
+
+    @property
+    def route(self) -> str:
+        """How the model takes a batch: ``"native"``, ``"vmap"`` or ``"one by one"``."""
+        if self._route is None:
+            self._route = self._choose()
+        return self._route
+
+    @property
+    def vectorizes(self) -> bool:
+        """Whether the model itself takes a batch of latents to the left of its plates."""
+        return self.route == "native"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its value is random: by a subsampled plate, or any generator the model uses."""
+        if self._random is None:
+            with preserved(), self._uncounted(), torch.no_grad():
+                runs = torch.stack([self._alone(self.init_loc) for _ in range(4)])
+            same = runs.eq(runs[0]) | (runs.isnan() & runs[0].isnan())
+            self._random = self._subsampled or not bool(same.all())
+        return self._random
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Points of our own that fail are not counted."""
+        kept, self.failures = self.failures, Failures()
+        try:
+            yield
+        finally:
+            self.failures = kept
+
+    @property
+    def batch_size(self) -> int:
+        """Points that are evaluated at once where no gradient is taken."""
+        if self._size is None:
+            with preserved(), self._uncounted():
+                numel = largest_tensor(lambda: self._alone(self.init_loc))
+            self._size = max(1, BUDGET // numel)
+        return self._size
+
+    def frozen(self, seed: int = 0) -> LatentDensity:
         """The same function with one choice of subsamples for all calls; no random state."""
         if not self.stochastic:
             return self
+        _ = self.route, self.batch_size  # decided once for both
+        view = copy.copy(self)
+        view._seed = seed
+        return view
 
-        def density(u: Tensor) -> Tensor:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                return self(u)
+    def _by(self, route: str, function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """``function`` of a point on many of them by a route; the same randomness for each."""
+        if route == "native":
+            return function
+        if route == "vmap":
+            return torch.vmap(function, randomness="same")
+        return one_by_one(function, rewinds=self.stochastic)
 
-        return density
-
-    def evaluate(self, u: Tensor, *, record: bool = False) -> _Evaluation:
-        """Run the model once at ``u``, ``(D,)`` or ``(S, D)``, and return what was seen."""
-        run = _Evaluation(
-            {s.name: s.unpack(u, self.nesting) for s in self.sites}, self.nesting, record
-        )
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), run:
-            self.model(*self.args, **self.kwargs)
-        return run
-
-    def _native(self, u: Tensor) -> Tensor:
-        return torch.as_tensor(self.evaluate(u).total, dtype=u.dtype, device=u.device).expand(
-            u.shape[:-1]
-        )
-
-    def _one_by_one(self, u: Tensor) -> Tensor:
-        return torch.stack([self._or_nan(point) for point in u])
-
-    def _choose(self, u: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The first way of evaluating a batch that agrees with single runs on some points."""
-        probe = u.detach()[:3]
-        state = torch.get_rng_state()
-
-        def same_randomness(function: Callable[[], Tensor]) -> Tensor:
-            torch.set_rng_state(state)
-            return function()
-
-        with torch.no_grad():
-            expected = torch.stack(
-                [same_randomness(functools.partial(self._or_nan, p)) for p in probe]
-            )
-            fine = expected.isfinite()
-            probe, expected = probe[fine], expected[fine]
-            if len(probe) < 2:
-                return None  # undecided
-            tol = math.sqrt(torch.finfo(u.dtype).eps)
-            for way in (self._native, torch.vmap(self._native, randomness="same")):
-                try:
-                    actual = same_randomness(functools.partial(way, probe))
-                except Exception:  # whatever a model raises on a batch, another way may do
-                    continue
-                if torch.allclose(actual, expected, rtol=tol, atol=tol, equal_nan=True):
-                    return way
-        torch.set_rng_state(state)
+    def _choose(self, after: str | None = None) -> str:
+        """The first route, after one that failed, that agrees with single runs."""
+        tol = math.sqrt(torch.finfo(self.init_loc.dtype).eps)
+        trouble = "nothing"
+        routes = ["native", "vmap"][0 if after is None else 1 + ["native", "vmap"].index(after) :]
+        if self.enumerated and "native" in routes:
+            routes.remove("native")  # labels lie where the batch would
+        with preserved() as rewind, self._uncounted(), torch.no_grad():
+            probe, expected = self._probes(rewind)
+            for route in routes:
+                way, trouble = self._by(route, self._log_density), ""
+                for part in (slice(None), slice(1, None)):  # two sizes: one may fit by accident
+                    rewind()
+                    try:
+                        actual = way(probe[part])
+                    except Exception as error:  # whatever a model raises on a batch
+                        trouble = f"{type(error).__name__}: {str(error).strip()[:200]}"
+                        break
+                    if not torch.allclose(
+                        actual, expected[part], rtol=tol, atol=tol, equal_nan=True
+                    ):
+                        trouble = "values differ from those of single runs"
+                if not trouble:
+                    return route
         warnings.warn(
-            "the model cannot be run on a batch of latents: evaluating one particle at a time",
-            stacklevel=3,
+            "the model cannot be run on a batch of latents: evaluating one particle at a time, "
+            f"which is slow. torch.vmap says: {trouble}. Let the model work with extra dimensions "
+            "on the left of each latent ((X @ w[..., None])[..., 0] for X @ w, a[..., g] for a[g] "
+            "outside of plates), without .item(), branches on values, or a random generator of "
+            "its own",
+            stacklevel=4,
         )
-        return self._one_by_one
+        return "one by one"
+
+    def _probes(self, rewind: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """Three distinct points near the start, at least two of finite density if need be."""
+        generator = torch.Generator().manual_seed(5)
+        z = torch.randn(3, self.dim, generator=generator, dtype=torch.float64).to(self.init_loc)
+        for scale in (0.5, 0.1, 0.01, 1e-3):
+            points = self.init_loc + scale * z
+            values = []
+            for point in points:
+                rewind()
+                values.append(self._alone(point))
+            expected = torch.stack(values)
+            fine = expected.isfinite()
+            if fine.sum() >= 2:
+                return points[fine], expected[fine]
+        return points, expected
 
     def __call__(self, u: Tensor) -> Tensor:
         """Log-density at ``u``; ``(*batch, D)`` to ``(*batch)``."""
@@ -252,55 +360,113 @@ class LatentDensity:
             raise ValueError(
                 f"expected a latent vector of shape (..., {self.dim}); got {tuple(u.shape)}"
             )
-        if u.dim() == 1:
-            return self._or_nan(u)
-        flat = u.reshape(-1, self.dim)
-        if self._batched is None:
-            self._batched = self._choose(flat)
-        try:
-            return (self._batched or self._native)(flat).reshape(u.shape[:-1])
-        except torch.linalg.LinAlgError:  # one particle must not take the others with it
-            return torch.stack([self._or_nan(point) for point in flat]).reshape(u.shape[:-1])
+        with seeded(self._seed):
+            if u.dim() == 1:
+                return self._alone(u)
+            flat = u.reshape(-1, self.dim)
+            return self._in_pieces(self._spared, flat).reshape(u.shape[:-1])
 
-    def _or_nan(self, u: Tensor) -> Tensor:
+    def _in_pieces(self, function: Callable[[Tensor], Any], u: Tensor) -> Any:
+        """``function`` on ``u``, ``(S, D)``, cut to the budget; the same randomness for all."""
+        _ = self.route  # decided before any piece
+        cut = len(u) > 1 and not (torch.is_grad_enabled() and u.requires_grad)
+        pieces = u.split(self.batch_size) if cut else (u,)
+        if len(pieces) == 1:
+            return function(u)
+        return gathered(function, pieces, torch.cat, rewinds=self.stochastic)
+
+    def _spared(self, u: Tensor) -> Tensor:
+        """Log-densities ``(S,)``, where one point that raises does not take others with it."""
+        if len(u) == 1:
+            return self._alone(u[0])[None]
         try:
-            return self._native(u)
-        except torch.linalg.LinAlgError:
-            return u.sum() * math.nan
+            single = self._alone if self.route == "one by one" else self._log_density
+            return self._by(self.route, single)(u)
+        except Exception as error:  # found by halves which points raise
+            before, half = self.failures.count, len(u) // 2
+            parts = torch.cat([self._spared(u[:half]), self._spared(u[half:])])
+            if _out_of_memory(error):
+                self._size = max(1, half)
+            elif self.failures.count == before and self.route != "one by one":
+                # no point raises by itself
+                self._route = self._choose(after=self.route)
+            return parts
+
+    def map(self, function: Callable[[poutine.Trace], Any], u: Tensor) -> Any:
+        """``function(trace)``, tensors in any containers, at each of ``u``, ``(S, D)``; stacked.
+
+        The traces are those of single points, in the model's own shapes, parallel labels to the
+        left of them; ``function`` may run under :func:`torch.vmap`.
+        """
+        return self._mapped(lambda point: function(self.trace(point)), u)
+
+    def _mapped(self, function: Callable[[Tensor], Any], u: Tensor) -> Any:
+        with seeded(self._seed):
+            slow = self._by("one by one", function)
+            if self.route == "one by one":
+                return self._in_pieces(slow, u)
+            try:
+                return self._in_pieces(self._by("vmap", function), u)
+            except Exception:  # native code that vmap does not know; what is wrong raises again
+                return self._in_pieces(slow, u)
+
+    def likelihoods(self, u: Tensor) -> dict[str, Tensor]:
+        """Pointwise log-likelihood of each observed site at ``u``: ``(S, D)`` to ``(S, ...)``.
+
+        See :func:`pyroflows.guides.evaluation.likelihoods`.
+        """
+        return self.map(likelihoods, u)
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Value of each site at ``u``: ``(S, D)`` to ``(S, *site)``, plates as in the model."""
-        values = self.evaluate(u).values
-        return {s.name: values[s.name].reshape(u.shape[:-1] + s.value_shape) for s in self.sites}
+
+        def at(point: Tensor) -> dict[str, Tensor]:
+            values = self.evaluate(point).values
+            batch = point.shape[:-1]
+            return {s.name: values[s.name].reshape(batch + s.value_shape) for s in self.sites}
+
+        if u.dim() == 1:
+            return at(u)
+        return self._in_pieces(at, u) if self.vectorizes else self._mapped(at, u)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """The inverse of :meth:`constrain`: values ``(*batch, *site)`` to ``(*batch, D)``."""
-        run = _Inverse({s.name: self._padded(s, values[s.name]) for s in self.sites})
-        with pyro.validation_enabled(False), poutine.block(), torch.no_grad(), run:
-            self.model(*self.args, **self.kwargs)
         first = self.sites[0]
         batch = values[first.name].shape[: values[first.name].dim() - len(first.value_shape)]
-        return torch.cat(
-            [run.unconstrained[s.name].reshape(batch + (-1,)) for s in self.sites], -1
-        )
+        flat = torch.cat([values[s.name].reshape(batch + (-1,)) for s in self.sites], -1)
+        sizes = [math.prod(s.value_shape) for s in self.sites]
 
-    def _padded(self, site: LatentSite, value: Tensor) -> Tensor:
-        batch = value.shape[: value.dim() - len(site.value_shape)]
+        def back(point: Tensor) -> Tensor:
+            parts = zip(self.sites, point.split(sizes, -1), strict=True)
+            run = Inverse({s.name: self._padded(s, part) for s, part in parts})
+            with pyro.validation_enabled(False), poutine.block(), torch.no_grad(), run:
+                self.model(*self.args, **self.kwargs)
+            found = [run.unconstrained[s.name] for s in self.sites]
+            return torch.cat([v.reshape(point.shape[:-1] + (-1,)) for v in found], -1)
+
+        if not batch:
+            return back(flat)
+        rows = flat.reshape(-1, flat.shape[-1])
+        u = self._in_pieces(back, rows) if self.vectorizes else self._mapped(back, rows)
+        return u.reshape(batch + (self.dim,))
+
+    def _padded(self, site: LatentSite, flat: Tensor) -> Tensor:
         event_dim = site.event_dim - len(site.shape) + len(site.value_shape)
+        batch = flat.shape[:-1]
         padding = (1,) * (self.nesting - len(site.value_shape) + event_dim) if batch else ()
-        return value.reshape(batch + padding + site.value_shape)
+        return flat.reshape(batch + padding + site.value_shape)
 
 
-class _Inverse(Messenger):
-    """Give latents constrained values while the model runs, and keep their unconstrained ones."""
+def _summable(site: dict[str, Any]) -> str:
+    """Name of a discrete site that can be enumerated."""
+    if getattr(site["fn"], "has_enumerate_support", False):
+        return site["name"]
+    raise ValueError(
+        f"latent site '{site['name']}' ({type(site['fn']).__name__}) is discrete and has no "
+        "finite list of values to sum over: make it continuous, bound it "
+        "(Categorical over the values that matter), or observe it"
+    )
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.unconstrained: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        value = self.values.get(msg["name"])
-        if value is not None:
-            msg["value"] = value
-            self.unconstrained[msg["name"]] = biject_to(msg["fn"].support).inv(value)
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)

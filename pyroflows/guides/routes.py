@@ -1,0 +1,112 @@
+"""Ways of evaluating a function of one point on many, and the random numbers meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.util import get_rng_state, set_rng_state
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["Failures", "gathered", "largest_tensor", "one_by_one", "preserved", "seeded"]
+
+
+@contextmanager
+def preserved() -> Iterator[Callable[[], None]]:
+    """Give the random states of torch, NumPy and ``random`` back; yields what rewinds them."""
+    with torch.random.fork_rng():
+        state = get_rng_state()
+        try:
+            yield lambda: set_rng_state(state)
+        finally:
+            set_rng_state(state)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run under a seed and give the random states back; do nothing without one."""
+    if seed is None:
+        yield
+        return
+    with preserved():
+        pyro.set_rng_seed(seed)
+        yield
+
+
+def gathered(
+    function: Callable[[Tensor], Any],
+    parts: Iterable[Tensor],
+    join: Callable[[list[Tensor]], Tensor],
+    *,
+    rewinds: bool,
+) -> Any:
+    """``function`` of each part, its results joined tensor by tensor.
+
+    Args:
+        function: Gives tensors in any containers.
+        parts: What it is called on.
+        join: :func:`torch.stack` or :func:`torch.cat`.
+        rewinds: Whether every call sees the same random numbers.
+    """
+    state = get_rng_state() if rewinds else None
+    found = []
+    for part in parts:
+        if state is not None:
+            set_rng_state(state)
+        found.append(tree_flatten(function(part)))
+    columns = zip(*(leaves for leaves, _ in found), strict=True)
+    return tree_unflatten([join(list(c)) for c in columns], found[0][1])
+
+
+def one_by_one(
+    function: Callable[[Tensor], Any], *, rewinds: bool = False
+) -> Callable[[Tensor], Any]:
+    """``function`` of a point, ``(D,)``, on ``(S, D)``."""
+    return lambda u: gathered(function, u, torch.stack, rewinds=rewinds)
+
+
+@dataclass
+class Failures:
+    """Points at which the model raised.
+
+    Attributes:
+        count: How many.
+        first: What was raised first.
+    """
+
+    count: int = 0
+    first: Exception | None = None
+
+    def add(self, error: Exception) -> None:
+        """Count one."""
+        self.count, self.first = self.count + 1, self.first or error
+
+    def __str__(self) -> str:
+        return f"{self.count} (first {type(self.first).__name__}: {str(self.first)[:200]})"
+
+
+class _Largest(TorchDispatchMode):
+    """Size of the largest tensor that is made."""
+
+    numel = 1
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def largest_tensor(function: Callable[[], Any]) -> int:
+    """Number of elements of the largest tensor that a call of ``function`` makes."""
+    with torch.no_grad(), _Largest() as seen:
+        function()
+    return seen.numel
