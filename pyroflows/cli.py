@@ -1,4 +1,4 @@
-"""Command line: ``pyroflows fit | score | sample | inspect`` on CSV and Parquet tables.
+"""Command line: ``pyroflows fit | score | sample | inspect`` on text and Parquet tables.
 
 Under ``torchrun`` the fit is shared by all processes and rank 0 saves.
 """
@@ -6,48 +6,121 @@ Under ``torchrun`` the fit is shared by all processes and rank 0 saves.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pyroflows import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pyroflows.density import DensityEstimator
+    from pyroflows.density.streaming import TableFile
+
 __all__ = ["main"]
+
+CHUNK = 50_000  # rows drawn at once
+WRITABLE = (".csv", ".csv.gz", ".tsv", ".parquet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"pyroflows {args.command}: {error}", file=sys.stderr)
-        return 1
+    args = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: _say(args, f"note: {message}")
+        try:
+            args.run(args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyError as error:  # its str is the repr of its text
+            _say(args, str(error.args[0] if error.args else error))
+            return 1
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            _say(args, str(error))
+            return 1
     return 0
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    print(f"pyroflows {args.command}: {text}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyroflows", description="Densities of tables.")
+    parser.add_argument("--version", action="version", version=f"pyroflows {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    formats = _format_options()
+    _add_fit(commands, formats)
 
-    fit = commands.add_parser("fit", help="fit a table and save the model")
+    score = commands.add_parser("score", parents=[formats], help="log-density of every row")
+    score.add_argument("model")
+    score.add_argument("table", help="text or Parquet, read in pieces")
+    score.add_argument(
+        "-o",
+        "--output",
+        help="the table with a column log_density, .csv, .csv.gz, .tsv or .parquet; "
+        "default: print the mean only",
+    )
+    score.set_defaults(run=_score)
+
+    sample = commands.add_parser("sample", parents=[formats], help="draw rows")
+    sample.add_argument("model")
+    sample.add_argument("-n", type=_count, default=10, help="rows, or rows per given row")
+    sample.add_argument("-o", "--output", help="a table; default: CSV to the terminal")
+    sample.add_argument(
+        "--given",
+        nargs="+",
+        action="extend",
+        metavar="COLUMN=VALUE",
+        help="values to condition on; may be repeated",
+    )
+    sample.add_argument("--given-table", help="table with values to condition on")
+    sample.add_argument(
+        "--missing", action="store_true", help="leave cells missing as often as in the data"
+    )
+    sample.add_argument("--seed", type=int, help="for a repeatable result; default the fit's")
+    sample.set_defaults(run=_sample)
+
+    inspect = commands.add_parser(
+        "inspect",
+        parents=[formats],
+        help="what a model file holds, or what a table would be taken for",
+    )
+    inspect.add_argument("file")
+    inspect.add_argument("--schema", type=_schema, metavar="JSON", help="as for fit")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_fit(commands: Any, formats: argparse.ArgumentParser) -> None:
+    fit = commands.add_parser("fit", parents=[formats], help="fit a table and save the model")
     fit.add_argument(
-        "table", help="CSV or Parquet file, or a folder of them; large ones are streamed"
+        "table", help="text or Parquet file, or a folder of them; large ones are streamed"
     )
     fit.add_argument("-o", "--output", required=True, help="model file, .safetensors")
     fit.add_argument(
         "--target",
         nargs="+",
+        action="extend",
         metavar="COLUMN",
         help="columns to model; default all that are not given",
     )
-    fit.add_argument("--given", nargs="+", metavar="COLUMN", help="columns to condition on")
+    fit.add_argument(
+        "--given", nargs="+", action="extend", metavar="COLUMN", help="columns to condition on"
+    )
+    fit.add_argument(
+        "--schema",
+        type=_schema,
+        metavar="JSON",
+        help="what columns are taken for, as text or as a file: "
+        '{"zip": {"kind": "categorical"}, "price": {"step": null}}',
+    )
     fit.add_argument("--missing", choices=["ignore", "model"], default="ignore")
     fit.add_argument("--max-time", type=float, default=90.0, help="seconds of processor time")
     fit.add_argument("--max-steps", type=int, help="optimizer steps, at most")
@@ -59,36 +132,76 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--quiet", action="store_true", help="no progress bar")
     fit.set_defaults(run=_fit)
 
-    score = commands.add_parser("score", help="log-density of every row")
-    score.add_argument("model")
-    score.add_argument("table", help="CSV or Parquet; streamed")
-    score.add_argument(
-        "-o",
-        "--output",
-        help="CSV or Parquet with a column log_density; default: print the mean only",
-    )
-    score.set_defaults(run=_score)
 
-    sample = commands.add_parser("sample", help="draw rows")
-    sample.add_argument("model")
-    sample.add_argument("-n", type=int, default=10, help="rows, or rows per given row")
-    sample.add_argument("-o", "--output", help="CSV or Parquet; default: CSV to the terminal")
-    sample.add_argument(
-        "--given", nargs="+", metavar="COLUMN=VALUE", help="values to condition on"
+def _format_options() -> argparse.ArgumentParser:
+    """How a text table is written, in the words of :func:`pandas.read_csv`."""
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group("text tables, as in pandas.read_csv")
+    keep: dict[str, Any] = dict(default=argparse.SUPPRESS)
+    group.add_argument("--sep", type=_character, help="separator; default: looked for", **keep)
+    group.add_argument("--decimal", help="decimal mark, '.' by default", **keep)
+    group.add_argument("--thousands", help="mark between thousands, e.g. ','", **keep)
+    group.add_argument("--encoding", help="utf-8 by default", **keep)
+    group.add_argument(
+        "--na",
+        nargs="+",
+        action="extend",
+        dest="na_values",
+        metavar="TEXT",
+        help="further texts that mean a missing cell, e.g. '?'",
+        **keep,
     )
-    sample.add_argument("--given-table", help="CSV or Parquet with values to condition on")
-    sample.add_argument(
-        "--missing", action="store_true", help="leave cells missing as often as in the data"
+    group.add_argument(
+        "--no-header",
+        action="store_const",
+        const=None,
+        dest="header",
+        help="the first line is data; columns are x0, x1, ...",
+        **keep,
     )
-    sample.add_argument("--seed", type=int)
-    sample.set_defaults(run=_sample)
+    return options
 
-    inspect = commands.add_parser(
-        "inspect", help="what a model file holds, or what a table would be taken for"
-    )
-    inspect.add_argument("file")
-    inspect.set_defaults(run=_inspect)
-    return parser
+
+def _character(text: str) -> str:
+    return {r"\t": "\t", "tab": "\t"}.get(text, text)
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of rows, 0 or more; got {text}")
+    return count
+
+
+def _schema(text: str) -> dict[str, Any]:
+    source = Path(text).read_text() if text.endswith(".json") else text
+    try:
+        changes = json.loads(source)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(changes, dict) or not all(isinstance(v, dict) for v in changes.values()):
+        raise argparse.ArgumentTypeError(
+            f'expected {{"column": {{"attribute": value}}}}; got {text!r}'
+        )
+    return changes
+
+
+def _table(args: argparse.Namespace, path: str, **options: Any) -> TableFile:
+    """A table, read as the command line says."""
+    from pyroflows.density.streaming import TEXT_ENDINGS, TableFile, ending_of
+
+    said = {k: v for k, v in vars(args).items() if k in _READING}
+    is_text = Path(path).is_dir() or ending_of(path) in TEXT_ENDINGS
+    return TableFile(path, **said, **(options if is_text else {}))
+
+
+_READING = ("sep", "decimal", "thousands", "encoding", "na_values", "header")
+
+
+def _labels_as_text(model: DensityEstimator) -> dict[str, Any]:
+    """Options for text tables by which labels stay text, also where they look like numbers."""
+    columns = [c for c in model.schema_ if c.is_label and c.levels]
+    return {"dtype": {c.name: str for c in columns if all(isinstance(v, str) for v in c.levels)}}
 
 
 def _fit(args: argparse.Namespace) -> None:
@@ -96,6 +209,9 @@ def _fit(args: argparse.Namespace) -> None:
 
     from pyroflows.density import DensityEstimator
 
+    _refuse_overwriting(args.output, args.table)
+    if Path(args.output).exists() and not _is_model(args.output):
+        raise ValueError(f"{args.output} exists and is no model file; nothing was written")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.distributed.is_initialized():
         gpu = torch.cuda.is_available() and args.device in ("auto", "cuda")
@@ -106,6 +222,7 @@ def _fit(args: argparse.Namespace) -> None:
     model = DensityEstimator(
         target=args.target,
         given=args.given,
+        schema=args.schema,
         missing=args.missing,
         max_time=args.max_time,
         max_steps=args.max_steps,
@@ -113,7 +230,7 @@ def _fit(args: argparse.Namespace) -> None:
         device=args.device,
         progress=not args.quiet,
     )
-    model.fit_file(args.table, in_memory=args.in_memory)
+    model.fit_file(_table(args, args.table), in_memory=args.in_memory)
     model.save(args.output)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{args.output}: held-out {model.history_['valid'].iloc[-1]:.3f} nats per row")
@@ -123,100 +240,162 @@ def _fit(args: argparse.Namespace) -> None:
 
 def _score(args: argparse.Namespace) -> None:
     from pyroflows.density import DensityEstimator
-    from pyroflows.density.streaming import TableFile
 
+    _refuse_overwriting(args.output, args.table, args.model)
     model = DensityEstimator.load(args.model)
-    columns = list(model.feature_names_in_) if hasattr(model, "feature_names_in_") else None
+    names = model.schema_.names
+    file = _table(args, args.table, **_labels_as_text(model))
+    absent = [c for c in names if c not in file.names]
+    if absent:
+        raise ValueError(f"{args.table} lacks columns {absent} of the model; it has {file.names}")
+    if args.output and "log_density" in file.names:
+        raise ValueError(f"{args.table} has a column log_density already: rename it first")
     total, rows = 0.0, 0
     with _Writer(args.output) as out:
-        for frame in TableFile(args.table, columns).batches():
-            nats = model.score_samples(frame)
+        for frame in file.batches():
+            nats = model.score_samples(frame[names])
             total, rows = total + float(nats.sum()), rows + len(nats)
             out.write(frame.assign(log_density=nats))
     print(f"{total / max(rows, 1):.6f} nats per row, {rows} rows")
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from pyroflows.density import DensityEstimator
-    from pyroflows.density.streaming import TableFile
+    import numpy as np
 
+    from pyroflows.density import DensityEstimator
+
+    _refuse_overwriting(args.output, args.given_table, args.model)
+    if args.given and args.given_table:
+        raise ValueError("pass --given or --given-table, not both")
     model = DensityEstimator.load(args.model)
-    given: Any = TableFile(args.given_table).read() if args.given_table else None
-    if args.given:
-        bad = [g for g in args.given if "=" not in g]
-        if bad:
-            raise ValueError(f"--given expects COLUMN=VALUE; got {bad}")
-        texts = dict(g.split("=", 1) for g in args.given)
-        unknown = [c for c in texts if c not in model.schema_.names]
-        if unknown:
-            raise ValueError(f"--given: no columns {unknown}; the model has {model.schema_.names}")
-        given = {c: model.schema_[c].parse(text) for c, text in texts.items()}
-    chunk = args.n if given is not None else 50_000
+    given: Any = None
+    if args.given_table:
+        given = _table(args, args.given_table, **_labels_as_text(model)).read()
+    elif args.given:
+        given = _parsed(args.given, model)
+    rng = np.random.default_rng(model.random_state if args.seed is None else args.seed)
+    chunk = args.n if given is not None else CHUNK
     with _Writer(args.output, show=True) as out:
-        for k, start in enumerate(range(0, max(args.n, 1), max(chunk, 1))):
-            seed = None if args.seed is None else args.seed + k
-            count = min(chunk, args.n - start)
-            out.write(model.sample(count, given, missing=args.missing or None, random_state=seed))
+        for count in _chunks(args.n, chunk):
+            out.write(model.sample(count, given, missing=args.missing or None, random_state=rng))
+
+
+def _chunks(n: int, size: int) -> Iterator[int]:
+    """Sizes of the pieces of n rows; one empty piece for none, so that the header is written."""
+    yield min(n, size)
+    for start in range(size, n, max(size, 1)):
+        yield min(size, n - start)
+
+
+def _parsed(pairs: Sequence[str], model: DensityEstimator) -> dict[str, Any]:
+    """``["color=E", ...]`` as values of the columns."""
+    bad = [p for p in pairs if "=" not in p]
+    if bad:
+        raise ValueError(f"--given expects COLUMN=VALUE; got {bad}")
+    texts: dict[str, str] = {}
+    columns = {str(c.name): c for c in model.schema_}
+    for name, text in (p.split("=", 1) for p in pairs):
+        if name not in columns:
+            raise ValueError(f"--given: no column {name!r}; the model has {list(columns)}")
+        if name in texts:
+            raise ValueError(f"--given: {name!r} is given twice, {texts[name]!r} and {text!r}")
+        texts[name] = text
+    return {columns[name].name: columns[name].parse(text) for name, text in texts.items()}
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    import numpy as np
     import pandas as pd
+
+    from pyroflows.density import DensityEstimator
+    from pyroflows.tables import Schema
 
     with pd.option_context(
         "display.width", 160, "display.max_columns", 20, "display.max_rows", 500
     ):
-        if Path(args.file).suffix in (".csv", ".parquet"):
-            import numpy as np
-
-            from pyroflows.density.streaming import TableFile
-            from pyroflows.tables import Schema
-
-            print(
-                Schema.from_frame(
-                    TableFile(args.file).sample(200_000, np.random.default_rng(0))
-                ).summary()
-            )
+        if not _is_model(args.file):
+            rows = _table(args, args.file).sample(200_000, np.random.default_rng(0))
+            print(Schema.from_frame(rows, args.schema).summary())
             return
-        from pyroflows.density import DensityEstimator
-
         model = DensityEstimator.load(args.file)
         print(f"{model}\n{sum(p.numel() for p in model.model_.parameters())} parameters")
         print(model.summary())
         print(model.history_.tail(3).to_string(index=False))
 
 
+def _is_model(path: str) -> bool:
+    """Whether a file is a model rather than a table: by its first bytes, as safetensors has them.
+
+    Eight bytes of a length, then the brace of the header.
+    """
+    if Path(path).is_dir():
+        return False
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _refuse_overwriting(output: str | None, *inputs: str | None) -> None:
+    """Know before the work begins that the result can be written, and over nothing it needs."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"{output} is a folder; expected the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist; create it first")
+    for source in inputs:
+        if source and path.exists() and Path(source).exists() and path.samefile(source):
+            raise ValueError(f"{output} is read here and cannot be the output as well")
+
+
 class _Writer:
-    """Tables to a CSV or Parquet file piece by piece, or to the terminal, or nowhere."""
+    """Tables to a text or Parquet file piece by piece, or to the terminal, or nowhere."""
 
     def __init__(self, path: str | None, *, show: bool = False) -> None:
         self.path, self.show = path, show
         self._file: Any = None
-        if path and Path(path).suffix not in (".csv", ".parquet"):
-            raise ValueError(f"{path}: expected a name ending in .csv or .parquet")
+        if path and not path.lower().endswith(WRITABLE):
+            raise ValueError(f"{path}: expected a name ending in {', '.join(WRITABLE)}")
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None or self.path is None:
+            return
+        self._file.close()
+        if error[0] is not None:  # half a table must not pass for a whole one
+            Path(self.path).unlink()
 
     def write(self, frame: pd.DataFrame) -> None:
         """Append rows."""
-        if self.path is None:
-            if self.show:
-                frame.to_csv(sys.stdout, index=False)
-        elif self.path.endswith(".csv"):
-            first = self._file is None
-            self._file = self._file or open(self.path, "w", newline="")  # noqa: SIM115
-            frame.to_csv(self._file, index=False, header=first)
-        else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+        if self.path is not None and self.path.lower().endswith(".parquet"):
+            self._write_parquet(frame)
+        elif self.path is not None or self.show:
+            self._write_text(frame)
 
-            table = pa.Table.from_pandas(frame, preserve_index=False)
-            self._file = self._file or pq.ParquetWriter(self.path, table.schema)
-            self._file.write_table(table.cast(self._file.schema))
+    def _write_text(self, frame: pd.DataFrame) -> None:
+        import gzip
+
+        first, path = self._file is None, (self.path or "").lower()
+        if first and self.path is None:
+            self._file = sys.stdout
+        elif first:
+            opened: Any = gzip.open if path.endswith(".gz") else open
+            self._file = opened(self.path, "wt", newline="", encoding="utf-8")
+        sep = "\t" if path.endswith(".tsv") else ","
+        frame.to_csv(self._file, index=False, header=first, sep=sep)
+
+    def _write_parquet(self, frame: pd.DataFrame) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        if self._file is None:
+            fields = [f.with_type(pa.string()) if f.type == pa.null() else f for f in table.schema]
+            schema = pa.schema(fields, metadata=table.schema.metadata)
+            self._file = pq.ParquetWriter(self.path, schema)
+        self._file.write_table(table.cast(self._file.schema))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line, streaming, and fits shared by two processes."""
 
+import io
 import os
 import subprocess
 import sys
@@ -50,6 +51,112 @@ def test_fit_score_sample_inspect(tmp_path, table, ending, capsys):
     assert main(["inspect", str(model)]) == 0
     assert main(["inspect", str(path)]) == 0
     assert "2 labels" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """A table with missing labels, codes and a column that no model needs; its model; a folder."""
+    folder = tmp_path_factory.mktemp("people")
+    rng = np.random.default_rng(1)
+    n = 600
+    frame = pd.DataFrame(
+        {
+            "id": [f"p{i}" for i in range(n)],
+            "age": rng.integers(20, 60, n),
+            "segment": np.where(rng.random(n) < 0.5, "corp", "retail"),
+            "code": np.where(rng.random(n) < 0.5, "1", "2"),
+        }
+    )
+    frame.loc[rng.random(n) < 0.2, "segment"] = None
+    frame.to_csv(folder / "t.csv.gz", index=False)
+    frame.to_parquet(folder / "t.parquet")
+    model = DensityEstimator(
+        target=["age", "segment", "code"], given=[], max_steps=20, random_state=0, members=1
+    )
+    model.fit(frame).save(folder / "m.safetensors")
+    return frame, folder
+
+
+def test_scores_are_those_of_python_and_keep_all_columns(people, capsys):
+    frame, folder = people
+    model = DensityEstimator.load(folder / "m.safetensors")
+    expected = model.score_samples(frame[["age", "segment", "code"]])
+    for table in ("t.csv.gz", "t.parquet"):
+        out = folder / "scored.csv.gz"
+        assert (
+            main(["score", *map(str, (folder / "m.safetensors", folder / table)), "-o", str(out)])
+            == 0
+        )
+        scored = pd.read_csv(out)
+        assert list(scored) == [*frame, "log_density"]
+        np.testing.assert_allclose(scored["log_density"], expected, rtol=1e-9)
+        assert scored["id"].tolist() == frame["id"].tolist()
+    assert (
+        main(["score", str(folder / "m.safetensors"), str(out), "-o", str(folder / "b.csv")]) == 1
+    )
+    assert "has a column log_density already" in capsys.readouterr().err
+
+
+def test_samples_come_in_one_stream(people, monkeypatch, capsys):
+    folder = people[1]
+    monkeypatch.setattr("pyroflows.cli.CHUNK", 40)
+    sample = ["sample", str(folder / "m.safetensors"), "-n", "100"]
+    assert main(sample) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 101 and lines.count(lines[0]) == 1  # one header
+    assert lines[1:41] != lines[41:81]
+    assert main([*sample, "--seed", "0"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines  # the fit's seed was 0
+    assert main([*sample, "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() != lines
+
+
+def test_given_values_add_up(people, capsys):
+    folder = people[1]
+    sample = ["sample", str(folder / "m.safetensors"), "-n", "30"]
+    assert main([*sample, "--given", "segment=corp", "--given", "age=30", "code=1"]) == 0
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert set(frame["segment"]) == {"corp"} and set(frame["age"]) == {30}
+    assert main([*sample, "--given", "segment=corp", "--given", "segment=retail"]) == 1
+    assert "'segment' is given twice, 'corp' and 'retail'" in capsys.readouterr().err
+    assert main([*sample, "--given", "height=3"]) == 1
+    assert "no column 'height'" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_and_nothing_is_too_late(people, capsys):
+    folder = people[1]
+    table, model = str(folder / "t.csv.gz"), str(folder / "m.safetensors")
+    before = (folder / "t.csv.gz").read_bytes()
+    refused = {
+        ("fit", table, "-o", table): "cannot be the output as well",
+        ("fit", table, "-o", str(folder / "t.parquet")): "is no model file",
+        ("fit", table, "-o", str(folder / "none" / "m.safetensors")): "does not exist",
+        ("fit", table, "-o", str(folder)): "is a folder",
+        ("score", model, table, "-o", model): "cannot be the output as well",
+        ("score", model, table, "-o", str(folder / "s.xlsx")): "expected a name ending in",
+        ("sample", model, "-o", str(folder / "none" / "s.csv")): "does not exist",
+    }
+    for command, words in refused.items():
+        assert main(list(command)) == 1, command
+        assert words in capsys.readouterr().err
+    assert (folder / "t.csv.gz").read_bytes() == before
+
+
+def test_formats_and_schema(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("a;b;zip\n" + "1,5;?;101\n2,5;3;102\n3,5;4;103\n" * 3)
+    shown = ["inspect", str(path), "--decimal", ",", "--na", "?"]
+    assert main([*shown, "--schema", '{"a": {"step": null}}']) == 0
+    out = capsys.readouterr().out
+    assert "continuous" in out and "0.333" in out
+    with pytest.raises(SystemExit):
+        main([*shown, "--schema", "{"])
+    assert "is no JSON" in capsys.readouterr().err
+    assert main(["inspect", str(path), "--encoding", "ascii-8"]) == 1
+    assert "unknown encoding" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("pyroflows 0.")
 
 
 def test_errors_go_to_stderr(tmp_path, table, capsys):

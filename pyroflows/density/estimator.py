@@ -238,19 +238,25 @@ class DensityEstimator(Conventions):
         return self._fit_values(values, torch.from_numpy(weight), [used.index(g) for g in given])
 
     def fit_file(
-        self, path: Any, *, in_memory: int = 1_000_000, sample_rows: int = 200_000
+        self,
+        path: Any,
+        *,
+        in_memory: int = 1_000_000,
+        sample_rows: int = 200_000,
+        **options: Any,
     ) -> DensityEstimator:
-        """Fit CSV or Parquet, streamed if it has more rows than ``in_memory``.
+        """Fit text or Parquet, streamed if it has more rows than ``in_memory``.
 
         The schema, scales and held-out rows then come from a random sample; training rows stream
         in shuffled chunks, row groups in random order.
 
         Args:
-            path: The file or folder.
+            path: The file or folder, or a :class:`~pyroflows.density.streaming.TableFile`.
             in_memory: Rows up to which the table is simply read.
             sample_rows: Size of the sample.
+            options: For text, those of :func:`pandas.read_csv`: ``sep``, ``na_values``, ...
         """
-        file = TableFile(path)
+        file = path if isinstance(path, TableFile) else TableFile(path, **options)
         total = file.count()
         if total <= in_memory:
             return self.fit(file.read())
