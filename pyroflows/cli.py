@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyroflows import __version__
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -53,7 +51,8 @@ def _say(args: argparse.Namespace, text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyroflows", description="Densities of tables.")
-    parser.add_argument("--version", action="version", version=f"pyroflows {__version__}")
+    version = sys.modules["pyroflows"].__version__
+    parser.add_argument("--version", action="version", version=f"pyroflows {version}")
     commands = parser.add_subparsers(dest="command", required=True)
     formats = _format_options()
     _add_fit(commands, formats)
