@@ -19,6 +19,7 @@ from torch.distributions import constraints
 from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
 from pyroflows.memory import Entry, show_nan, tensors_of, untracked
+from pyroflows.store import follow
 
 __all__ = ["Bijection", "Compose", "Inverse", "as_bijection"]
 
@@ -141,6 +142,7 @@ class Bijection(TransformModule):
             )
         if not torch.compiler.is_compiling():
             self._check_kind(value)
+            follow(self)
 
     def _check_kind(self, value: Tensor) -> None:
         own = next((t for t in tensors_of(self) if t.is_floating_point()), None)

@@ -1,24 +1,20 @@
 """Flow: a base and a bijection, together a distribution that learns."""
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pyro
 import torch
 from pyro.distributions import TransformedDistribution
 from pyro.nn import PyroModule
-from pyro.params.param_store import param_with_module_name
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
+from pyroflows import store
 from pyroflows.bases import as_base
 from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
 
 __all__ = ["Flow", "FlowDistribution"]
-
-# Which live flow registered a name, so that two of them cannot share parameters unnoticed.
-_OWNERS: "weakref.WeakValueDictionary[str, Flow]" = weakref.WeakValueDictionary()
 
 
 class FlowDistribution(TransformedDistribution):
@@ -62,8 +58,6 @@ class Flow(PyroModule):
         ValueError: If base and transforms disagree on the event shape or on ``context_dim``.
         TypeError: If base or transforms are of the wrong kind.
     """
-
-    _registered: Mapping[str, Tensor] = {}  # what this flow gave to the param store
 
     def __init__(
         self,
@@ -118,6 +112,8 @@ class Flow(PyroModule):
         Arguments and errors as in :meth:`forward`.
         """
         self._check_context(context)
+        if not torch.compiler.is_compiling() and store.is_loaded(self._store_name):
+            store.claim(self._store_name, self)  # also outside of inference
         base, transform = self._parts()
         if context is not None:
             transform = transform.condition(context)
@@ -181,51 +177,11 @@ class Flow(PyroModule):
         if pyro.settings.get("module_local_params"):
             _ = self.base, self.transform  # PyroModule's own way
             return
-        name = self._pyro_name or "flow"
-        self._claim(name)
-        pyro.module(name, self)
-        params = pyro.get_param_store()._params
-        self.__dict__["_registered"] = {
-            key: p for key, p in self._named_keys(name) if params.get(key) is p
-        }
+        store.register(self._store_name, self)
 
-    def _claim(self, name: str) -> None:
-        """Make ``name`` in the param store this flow's.
-
-        Take over loaded values, refuse a living flow's.
-        """
-        store, owner = pyro.get_param_store(), _OWNERS.get(name)
-        _OWNERS[name] = self
-        stored = {
-            key: store._params[key]
-            for key, parameter in self._named_keys(name)
-            if key in store._params and store._params[key] is not parameter
-        }
-        for key in [k for k, value in stored.items() if self._registered.get(k) is value]:
-            del store[key], stored[key]  # it was ours: the module's parameter has been replaced
-        if not stored:
-            return
-        if owner is not None and any(stored.get(k) is p for k, p in owner._named_keys(name)):
-            _OWNERS[name] = owner
-            raise RuntimeError(
-                f"two flows use the name {name!r} in Pyro's param store and would share "
-                f"parameters: give each its own, Flow(..., name=...), or make them attributes of "
-                f"a PyroModule; pyro.clear_param_store() forgets the first"
-            )
-        for key, parameter in self._named_keys(name):
-            if key in stored:
-                if stored[key].shape != parameter.shape:
-                    raise RuntimeError(
-                        f"the param store holds {key} of shape {tuple(stored[key].shape)}; this "
-                        f"flow expects {tuple(parameter.shape)}. Give the flow a name of its own, "
-                        "Flow(..., name=...), or forget the old one: pyro.clear_param_store()"
-                    )
-                with torch.no_grad():
-                    parameter.copy_(stored[key])
-                del store[key]
-
-    def _named_keys(self, name: str) -> list[tuple[str, Tensor]]:
-        return [(param_with_module_name(name, k), p) for k, p in self.named_parameters()]
+    @property
+    def _store_name(self) -> str:
+        return self.__dict__["_pyro_name"] or "flow"
 
 
 def _is_real(constraint: constraints.Constraint) -> bool:

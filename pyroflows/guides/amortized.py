@@ -16,9 +16,12 @@ from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
 from pyroflows.conditioners import Dense, Free
 from pyroflows.guides.autoflow import AutoFlow
@@ -85,6 +88,7 @@ class AmortizedFlow(AutoGuide):
         init_scale: As in :class:`AutoFlow`.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`; needed where batches vary in
             size.
+        name: As in :class:`AutoFlow`.
 
     Raises:
         ValueError: When the model is first seen, if it has no local latents or they lie in
@@ -108,8 +112,10 @@ class AmortizedFlow(AutoGuide):
         init_loc_fn: Callable = init_to_median,
         init_scale: float = 0.1,
         create_plates: Callable | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(model, create_plates=create_plates)
+        self._pyro_name = name or self._pyro_name
         self.encoder, self.encoder_dim = encoder, encoder_dim
         self._inputs = inputs or (lambda *args, **kwargs: args[0])
         self._flow, self._local, self._local_names = flow, local or local_flow, local_names
@@ -119,7 +125,25 @@ class AmortizedFlow(AutoGuide):
         """Run the model once with these arguments, create the parameters, and return self."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        for name in ("encoder", "local_transform"):
+            if store.is_loaded(f"{self._pyro_name}.{name}"):
+                self._claim(name, store.claim)
         return self
+
+    def _claim(self, name: str, how: Callable) -> None:
+        """Claim or register what the global guide does not look after."""
+        part = self._modules[name]
+        whole = not isinstance(part, PyroModule)
+        how(f"{self._pyro_name}.{name}", part, whole=whole, inherit=False)
+
+    def _part(self, name: str) -> Any:
+        """Encoder or local transform; within inference, Pyro is told of its parameters."""
+        if not am_i_wrapped():
+            return self._modules[name]
+        if pyro.settings.get("module_local_params"):
+            return getattr(self, name)  # PyroModule's own way
+        self._claim(name, store.register)
+        return self._modules[name]
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         model: Any = self.__dict__["_model"]  # past PyroModule, whose typing is lost on it
@@ -172,7 +196,7 @@ class AmortizedFlow(AutoGuide):
             context: Encoded rows and global latents, ``(*batch, encoder_dim + global_dim)``.
         """
         base = dist.Normal(context.new_zeros(self.local_dim), 1.0, validate_args=False).to_event(1)
-        transform = self.local_transform.condition(context)
+        transform = self._part("local_transform").condition(context)
         return dist.TransformedDistribution(base, [transform], validate_args=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -189,7 +213,7 @@ class AmortizedFlow(AutoGuide):
             for frame in self._frames:
                 stack.enter_context(plates[frame.name])
             depth = max(-frame.dim for frame in self._frames)
-            features = self.encoder(self._rows(data, depth))
+            features = self._part("encoder")(self._rows(data, depth))
             context = features if global_part is None else _join(features, global_part)
             latent = pyro.sample(
                 f"_{self._pyro_name}_local",

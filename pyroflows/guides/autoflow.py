@@ -15,9 +15,11 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
+from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
 from pyroflows.guides.latent import LatentDensity, init_where_possible
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
@@ -52,6 +54,7 @@ class AutoFlow(AutoContinuous):
         full_rank: Whether A and W are triangular matrices rather than diagonal; up to 300 latents
             if None.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`, for subsampled plates.
+        name: Name in Pyro's param store; the class's if None. One guide of a name at a time.
 
     Raises:
         ValueError: When the model is first seen: for discrete latents, and for latents inside a
@@ -71,11 +74,13 @@ class AutoFlow(AutoContinuous):
         init_scale: float = 0.1,
         full_rank: bool | None = None,
         create_plates: Callable | None = None,
+        name: str | None = None,
     ) -> None:
         if not init_scale > 0:
             raise ValueError(f"AutoFlow: init_scale must be positive; got {init_scale}")
         super().__init__(model, init_loc_fn=functools.partial(init_where_possible, init_loc_fn))
         self.create_plates = create_plates
+        self._pyro_name = name or self._pyro_name
         self._flow, self._init_scale, self._full_rank = flow, init_scale, full_rank
         self._raw_model, self._init_loc_fn = (model,), init_loc_fn
         self._pending_state: dict[str, Any] | None = None
@@ -87,6 +92,8 @@ class AutoFlow(AutoContinuous):
         """Run the model once with these arguments, create the parameters, and return self."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        if store.is_loaded(self._pyro_name):
+            store.claim(self._pyro_name, self, whole=False, inherit=False)
         return self
 
     @staticmethod
@@ -116,23 +123,13 @@ class AutoFlow(AutoContinuous):
             init_scale=self._init_scale,
             full_rank=full_rank,
         )
-        self._parameters["packed"] = _owned(nn.Parameter(self.transport.initial.clone()))
+        self._parameters["packed"] = nn.Parameter(self.transport.initial.clone())
         if self.master is None:
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam asks for them
         if self._pending_state is not None:
             state, self._pending_state = self._pending_state, None
             self.load_state_dict(state)
-
-    def _claim_name(self) -> None:
-        """Take the name in Pyro's store from another live guide, not what a file brought."""
-        name, store = f"{self._pyro_name}.packed", pyro.get_param_store()
-        if name in store:
-            held = store._params[name]
-            if held is not self._parameters["packed"] and getattr(
-                held, "_belongs_to_a_guide", False
-            ):
-                del store[name]
 
     def _find_moving_supports(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether supports depend on other sites; then the guide runs the model to know them."""
@@ -159,11 +156,13 @@ class AutoFlow(AutoContinuous):
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The map from noise to unconstrained latents, with the present parameters."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        self._claim_name()
+        self.setup(*args, **kwargs)
         # past PyroModule's attribute access, which would register every tensor below by itself
-        return self._modules["transport"].at(self.packed)
+        transport, packed = self._modules["transport"], self._parameters["packed"]
+        if am_i_wrapped() and self._pyro_context.active:
+            store.claim(self._pyro_name, self, whole=False, inherit=False)
+            packed = self.packed
+        return transport.at(packed)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """Distribution of the unconstrained latents, event shape ``(D,)``."""
@@ -357,11 +356,6 @@ class AutoFlow(AutoContinuous):
             state.pop(memory, None)
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self._parameters.get("packed") is not None:
-            _owned(self._parameters["packed"])
-
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -395,11 +389,6 @@ class _Seen(poutine.messenger.Messenger):
             self.values[name] = biject_to(msg["fn"].support)(self.unconstrained[name])
         if name in self.values:
             msg["value"], self.supports[name] = self.values[name], msg["fn"].support
-
-
-def _owned(parameter: nn.Parameter) -> nn.Parameter:
-    parameter._belongs_to_a_guide = True  # type: ignore[attr-defined]
-    return parameter
 
 
 def _make_flow(flow: Callable[[int], Any] | str | None, latent_dim: int) -> Bijection:
