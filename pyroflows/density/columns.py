@@ -107,22 +107,15 @@ class LabelCells(nn.Module):
         hot = F.one_hot(cell + 1, self.num_bins + 1)[:, 1:].float()
         return torch.cat([hot, x.isnan().float()[:, None]], 1) if self.missing_seen else hot
 
-    def draw(
-        self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True
-    ) -> Tensor:
-        """A code from each bin."""
+    def draw(self, cell: Tensor, u: Tensor) -> Tensor:
+        """A code from each bin, by uniform numbers; cells and numbers of one shape."""
         one = torch.zeros(self.num_bins, dtype=torch.long).scatter_(
             0, self.group, torch.arange(len(self.group))
         )
-        code = one[cell]
-        rest = (cell == self.num_bins - 1).nonzero()[:, 0]
         crowd = (self.group == self.num_bins - 1).nonzero()[:, 0]
-        if len(crowd) > 1 and len(rest):
-            pick = torch.multinomial(
-                self.log_inside[crowd].exp(), len(rest), True, generator=generator
-            )
-            code[rest] = crowd[pick]
-        return code.double()
+        share = self.log_inside[crowd].softmax(0).cumsum(0)
+        pick = torch.searchsorted(share, u.contiguous(), right=True).clamp_max(len(crowd) - 1)
+        return torch.where(cell == self.num_bins - 1, crowd[pick], one[cell]).double()
 
 
 class NumberCells(nn.Module):
@@ -254,23 +247,25 @@ class NumberCells(nn.Module):
         """
         x = x.nan_to_num(float(self.loc))
         step = float(self.step) if lattice else 0.0
+        is_atom, which = self._atom(x)  # before rounding: an atom need not lie on the lattice
         if step:
             x = self.anchor + ((x - self.anchor) / step).round() * step
-            cell, inside = self.hist.log_cell(x, step)
-            upper, lower = self.scores(x + step / 2)[0], self.scores(x - step / 2)[0]
+            cell, inside = self.hist.log_cell(x / self.unit, step / self.unit)
+            upper, lower = self.score(x + step / 2)[0], self.score(x - step / 2)[0]
             width = (upper - lower).clamp_min(1e-12)
+            inside = inside - self.log_unit
             offset = torch.full_like(x, -math.log(step))
         else:
-            cell, inside = self.hist.log_density(x.detach())
-            upper, offset = self.scores(x)
+            cell, inside = self.hist.log_density(x.detach() / self.unit)
+            inside = inside - self.log_unit
+            upper, offset = self.score(x)
             width = torch.full_like(x, POINT)
             offset = offset - math.log(POINT)
         inside = inside.clamp_min(NEVER)
         offset = torch.where((x < self.bounds[0]) | (x > self.bounds[1]), NEVER, offset)
         if len(self.atoms) and lattice:
-            is_atom, which = self._atom(x)
             cell = torch.where(is_atom, self.hist.num_bins + which, cell)
-            inside = torch.where(is_atom, 0.0, inside)
+            inside = torch.where(is_atom, -math.log(step) if step else 0.0, inside)
             offset = torch.where(is_atom, NEVER, offset)
         return Encoded(cell, inside, upper, width, offset)
 
@@ -278,9 +273,9 @@ class NumberCells(nn.Module):
         """Normal score, standardized value, waves of the rank, atoms, missing; shape (N, F)."""
         gone = x.isnan()
         x = x.nan_to_num(float(self.loc))
-        parts = [self.scores(x)[0].clamp(-6, 6), ((x - self.loc) / self.scale).clamp(-6, 6)]
+        parts = [self.score(x)[0].clamp(-6, 6), ((x - self.loc) / self.scale).clamp(-6, 6)]
         if len(self.waves):
-            angle = math.pi * self.hist.cdf(x)[None] * self.waves[:, None]
+            angle = math.pi * self.hist.cdf(x / self.unit)[None] * self.waves[:, None]
             parts += [*(angle.sin() / self.waves[:, None]), *(angle.cos() / self.waves[:, None])]
         parts = [torch.where(gone, 0.0, p) for p in parts]
         if len(self.atoms):
@@ -292,20 +287,50 @@ class NumberCells(nn.Module):
             parts.append(gone)
         return torch.stack([p.float() for p in parts], 1)
 
-    def draw(
-        self, cell: Tensor, generator: torch.Generator | None = None, *, lattice: bool = True
-    ) -> Tensor:
-        """A value from each bin; unless ``lattice``, anywhere between the recording steps."""
-        u = torch.rand(len(cell), dtype=torch.float64, generator=generator)
+    def draw(self, cell: Tensor, u: Tensor, *, lattice: bool = True) -> Tensor:
+        """A value from each bin, by uniform numbers; cells and numbers have shape (N,).
+
+        Unless ``lattice``, anywhere between the recording steps.
+        """
         regular = cell < self.hist.num_bins
-        x = self.keep(self.hist.icdf_in_bin(torch.where(regular, cell, 0), u), lattice=lattice)
+        x = self.hist.icdf_in_bin(torch.where(regular, cell, 0), u) * self.unit
+        x = self.keep(x, lattice=lattice)
         if len(self.atoms):
-            x = torch.where(regular, x, self.atoms[(cell - self.hist.num_bins).clamp_min(0)])
+            place = (cell - self.hist.num_bins).clamp(0, len(self.atoms) - 1)
+            x = torch.where(regular, x, self.atoms[place])
         return x
+
+    @property
+    def unit(self) -> float:
+        """Power of two in which the histogram and the scores count: 1 but for absurd spreads."""
+        power = math.frexp(float(self.scale))[1]
+        return 1.0 if abs(power) < 300 else math.ldexp(1.0, power)
+
+    @property
+    def log_unit(self) -> float:
+        """Logarithm of :attr:`unit`."""
+        return math.log(self.unit)
+
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normal scores of values, and the log-slope there."""
+        s, log_slope = self.scores(x / self.unit)
+        return s, log_slope - self.log_unit
+
+    def place(self, s: Tensor) -> Tensor:
+        """Values at normal scores, on or off the lattice."""
+        return self.scores.inverse(s.double()) * self.unit
+
+    def ends(self) -> Tensor:
+        """Edges of the histogram's pieces."""
+        return self.hist.edges * self.unit
+
+    def bin_share(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The bin of each value and the share of the bin below it."""
+        return self.hist.cdf_in_bin(x / self.unit)
 
     def from_score(self, s: Tensor, *, lattice: bool = True) -> Tensor:
         """The value at a normal score."""
-        return self.keep(self.scores.inverse(s.double()), lattice=lattice)
+        return self.keep(self.place(s), lattice=lattice)
 
     def below(self, x: Tensor) -> Tensor:
         """The place just before x that no probability separates from it, unless x carries some."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.density.model import TableModel
+from pyroflows.density.particles import Uniforms, complete
 
 __all__ = ["TableDistribution"]
 
@@ -85,10 +86,9 @@ class TableDistribution(dist.TorchDistribution):
         """Draws, shape (*sample_shape, *batch_shape, D), in torch's default dtype."""
         shape = self._extended_shape(torch.Size(sample_shape))
         blank = torch.full((shape[:-1].numel(), shape[-1]), torch.nan, dtype=torch.float64)
-        parts = [
-            self.model.particles(part, 1, lattice=False)[0][:, 0] for part in blank.split(32768)
-        ]
-        return torch.cat(parts).view(shape).to(torch.get_default_dtype())
+        uniforms = Uniforms(int(torch.randint(2**62, ())))
+        drawn = complete(self.model, blank, 1, uniforms, lattice=False)[:, 0]
+        return drawn.view(shape).to(torch.get_default_dtype())
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> TableDistribution:
         """The same with another batch shape."""

@@ -18,6 +18,7 @@ from pyroflows.density.columns import cells_for
 from pyroflows.density.conventions import Conventions, NotFittedError
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
+from pyroflows.density.particles import Uniforms, averages, complete
 from pyroflows.density.streaming import TableFile, shards_of
 from pyroflows.density.training import (
     column_scores,
@@ -403,7 +404,7 @@ class DensityEstimator(Conventions):
     def _calibrate(self, values: Tensor) -> None:
         """Keep what thresholds and summaries need of the held-out rows."""
         few = values[:2000]
-        score = self.model_.log_prob(few, draws=16, generator=self._generator(0)).numpy()
+        score = self.model_.log_prob(few, draws=16)[0].numpy()
         self._score_quantiles = (
             np.quantile(score, np.linspace(0, 1, 201)) if len(score) else np.zeros(201)
         )
@@ -457,32 +458,39 @@ class DensityEstimator(Conventions):
 
     # ------------------------------------------------------------------ densities
 
-    def score_samples(self, X: Any) -> np.ndarray:
-        """Log-density of each row, shape (rows,), in data units; ``-inf`` outside the support."""
+    def score_samples(self, X: Any, *, return_error: bool = False) -> Any:
+        """Log-density of each row, shape (rows,), in data units; ``-inf`` outside the support.
+
+        Args:
+            X: A table of the columns of the fit.
+            return_error: Whether to return also the error of each row in nats: 0 for complete
+                rows and sums over missing labels, numerical where one missing number is
+                integrated out, a standard error where draws do it.
+        """
         model = self._ready()
-        values = self._encode(X)
-        generator = torch.Generator().manual_seed(0)
-        return model.log_prob(
-            values, pattern=self.missing == "model", draws=self.draws, generator=generator
-        ).numpy()
+        out, error = model.log_prob(
+            self._encode(X), pattern=self.missing == "model", draws=self.draws
+        )
+        return (out.numpy(), error.numpy()) if return_error else out.numpy()
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-density of the rows."""
         return float(np.mean(self.score_samples(X)))
 
-    def log_marginal(self, X: Any, *, draws: int | None = None) -> np.ndarray:
+    def log_marginal(self, X: Any, *, draws: int | None = None, return_error: bool = False) -> Any:
         """Log-density of the cells that are there, shape (rows,).
 
         Columns may be absent, whatever ``missing`` says.
+
+        Args:
+            X: A table of some of the columns.
+            draws: Particles per row and batch, where draws are needed; default the estimator's.
+            return_error: As in :meth:`score_samples`.
         """
         values = self._given_or_all(X)
-        return (
-            self._ready()
-            .log_prob(
-                values, draws=draws or self.draws, generator=torch.Generator().manual_seed(0)
-            )
-            .numpy()
-        )
+        draws = self.draws if draws is None else _count("draws", draws)
+        out, error = self._ready().log_prob(values, draws=draws)
+        return (out.numpy(), error.numpy()) if return_error else out.numpy()
 
     def _given_or_all(self, X: Any) -> Tensor:
         self._ready()
@@ -508,14 +516,12 @@ class DensityEstimator(Conventions):
         generator = self._generator(random_state)
         out = {}
         with torch.no_grad():
-            for t, place, features, state, raw in model.walk(values):
-                c = model.targets[t]
+            for place, x, law in model.walk(values):
+                c = model.cells[place]
                 if c.is_label:
                     continue
-                net, q = model.conditional(t, features, state)
-                x = raw[:, place]
-                high = model.cdf(t, x.nan_to_num(float(c.loc)), net, q)
-                low = model.cdf(t, c.below(x.nan_to_num(float(c.loc))), net, q)
+                held = x.nan_to_num(float(c.loc))
+                high, low = law.cdf(held), law.cdf(c.below(held))
                 u = low + (high - low) * torch.rand(len(x), generator=generator, dtype=x.dtype)
                 out[self.schema_.columns[model.order[place]].name] = torch.where(
                     x.isnan(), torch.nan, u
@@ -599,22 +605,7 @@ class DensityEstimator(Conventions):
         self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False
     ) -> Tensor:
         """Several completions of each row, shape (N, n, D)."""
-        model = self._ready()
-        out = []
-        weigh = False  # whether an observed cell comes after a missing one
-        if len(values):
-            first, last = model._gaps(values[:, model.order[model.num_given :]].T.isnan())
-            weigh = bool((last > first).any())
-        draws = max(self.draws, n) if weigh else n
-        for part in values.split(max(1, 32768 // max(draws, 1))):
-            filled, log_w, _ = model.particles(
-                part, draws, generator=generator, leave_missing=leave
-            )
-            if weigh:
-                pick = torch.multinomial(log_w.exp(), n, True, generator=generator)
-                filled = filled[torch.arange(len(part))[:, None], pick]
-            out.append(filled)
-        return torch.cat(out) if out else values[:, None].expand(-1, n, -1)
+        return complete(self._ready(), values, n, _uniforms(generator), leave=leave)
 
     def impute(self, X: Any, *, method: str = "draw", random_state: Any = None) -> Any:
         """Fill in missing cells from their distribution given the row's observed ones.
@@ -636,11 +627,9 @@ class DensityEstimator(Conventions):
             if method == "draw":
                 values[todo] = self._fill(values[todo], 1, generator)[:, 0]
             else:
-                filled = self._fill(values[todo], self.draws, generator)
-                for j, column in enumerate(self.schema_):
-                    x = filled[..., j]
-                    middle = x.mode(1).values if column.is_label else x.mean(1)
-                    values[todo, j] = torch.where(values[todo, j].isnan(), middle, values[todo, j])
+                values[todo] = averages(
+                    self._ready(), values[todo], max(self.draws, 256), _uniforms(generator)
+                )
         return self._wrapped(self.schema_.decode(values.numpy(), index=frame.index))
 
     # ------------------------------------------------------------------ summaries of conditionals
@@ -655,8 +644,9 @@ class DensityEstimator(Conventions):
     ) -> pd.DataFrame:
         """Quantiles of the number targets given the rest of each row.
 
-        Exact (by inverting the distribution function) for the first target of a conditional model;
-        from ``draws`` samples otherwise.
+        Exact (by inverting the distribution function) for the first missing target if no observed
+        one comes after it in the model's order, as in a conditional model; from ``draws`` samples
+        otherwise.
 
         Args:
             given: Rows to condition on; for a joint model, columns that are absent or missing are
@@ -678,18 +668,13 @@ class DensityEstimator(Conventions):
         columns = self.schema_.columns
         out: dict[Any, np.ndarray] = {}
         filled = None
+        exact = self._alone(values)
         for t in places:
             column = columns[model.order[model.num_given + t]]
-            if t == 0 and model.num_given:
-                with torch.no_grad():
-                    _, _, features, state, _ = next(model.walk(values))
-                    net, s = model.conditional(0, features, state)
-                    found = [
-                        model.icdf(
-                            0, torch.full((len(values),), float(p), dtype=torch.float64), net, s
-                        ).numpy()
-                        for p in levels
-                    ]
+            if t == exact:
+                law = next(law for i, _, law in model.walk(values) if i == model.num_given + t)
+                found = [law.quantile(torch.full((len(values),), p).double()) for p in levels]
+                found = [x.numpy() for x in found]
             else:
                 if filled is None:
                     filled = self._fill(values, draws, self._generator(random_state)).numpy()
@@ -726,26 +711,30 @@ class DensityEstimator(Conventions):
     def mean(self, given: Any, *, draws: int = 1024, random_state: Any = None) -> pd.DataFrame:
         """Means of the number targets given the rest of each row.
 
-        Averages of quantiles if exact, of samples otherwise.
+        Of the exact conditional for the first missing target if no observed one comes after it in
+        the model's order, as in a conditional model; averages of ``draws`` samples otherwise.
         """
         import pandas as pd
 
         model, values = self._ready(), self._given(given)
         places = self._open(values)
-        if places == [0] and model.num_given:
-            column = self.schema_.columns[model.order[model.num_given]]
-            with torch.no_grad():
-                _, _, features, state, _ = next(model.walk(values))
-                x = model.mean(0, *model.conditional(0, features, state))
-            return pd.DataFrame({column.name: _times(column, x.numpy())})
-        filled = self._fill(values, draws, self._generator(random_state)).numpy()
+        filled = averages(model, values, draws, _uniforms(self._generator(random_state)))
         out = {}
         for t in places:
-            column = self.schema_.columns[model.order[model.num_given + t]]
-            out[column.name] = _times(
-                column, filled[:, :, model.order[model.num_given + t]].mean(1)
+            j = model.order[model.num_given + t]
+            out[self.schema_.columns[j].name] = _times(
+                self.schema_.columns[j], filled[:, j].numpy()
             )
         return pd.DataFrame(out)
+
+    def _alone(self, values: Tensor) -> int | None:
+        """The target that every row misses first, with nothing observed after it, if any."""
+        model = self._ready()
+        gone = values[:, model.order[model.num_given :]].isnan()
+        first = gone.long().argmax(1)
+        if len(gone) and bool((first == first[0]).all()) and bool(gone[:, first[0] :].all()):
+            return int(first[0])
+        return None
 
     def _open(self, values: Tensor) -> list[int]:
         """Places of the number targets that are missing in every row."""
@@ -804,6 +793,18 @@ class DensityEstimator(Conventions):
 def _times(column: Any, x: np.ndarray) -> Any:
     """Numbers of a datetime column as datetimes, others as they are."""
     return column.decode(x).to_numpy() if column.kind == "datetime" else x
+
+
+def _uniforms(generator: torch.Generator) -> Uniforms:
+    """Random numbers by row and draw, seeded by a generator."""
+    return Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
+
+
+def _count(name: str, value: Any) -> int:
+    """A positive integer."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    return int(value)
 
 
 def _weights(weight: Any, n: int) -> np.ndarray:

@@ -10,9 +10,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MixedMixture", "State"]
+__all__ = ["MixedMixture", "State", "gaussian_log_cell"]
 
 State = tuple[Tensor, Tensor]  # log weights (N, K), whitened numbers so far (N, K, D)
+
+
+def gaussian_log_cell(upper: Tensor, width: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+    """Log-probability of the cell (upper - width, upper] under Gaussians (..., K)."""
+    width = width[..., None] / sd
+    middle = (upper[..., None] - mean) / sd - width / 2
+    density = -0.5 * middle**2 - 0.5 * math.log(2 * math.pi) + width.log()
+    # P(cell) on the side of the lower tail, so that nothing cancels.
+    a, b = -middle.abs() + width / 2, -middle.abs() - width / 2
+    top = torch.special.log_ndtr(a)
+    exact = top + torch.log1p(-(torch.special.log_ndtr(b) - top).exp().clamp_max(1 - 1e-12))
+    return torch.where(width > 1e-2, exact, density)
 
 
 class MixedMixture(nn.Module):
@@ -84,15 +96,7 @@ class MixedMixture(nn.Module):
             table = self.tables[self.place[j]]
             return (state[0] + table[:, cell.clamp(0, table.shape[1] - 1)].T).logsumexp(1)
         log_w, mean, sd = self.predict(j, state)
-        width = width[:, None] / sd
-        middle = (upper[:, None] - mean) / sd - width / 2
-        density = -0.5 * middle**2 - 0.5 * math.log(2 * math.pi) + width.log()
-        # P(cell) on the side of the lower tail, so that nothing cancels.
-        a, b = -middle.abs() + width / 2, -middle.abs() - width / 2
-        top = torch.special.log_ndtr(a)
-        exact = top + torch.log1p(-(torch.special.log_ndtr(b) - top).exp().clamp_max(1 - 1e-12))
-        log_cell = torch.where(width > 1e-2, exact, density)
-        return (log_w + log_cell).logsumexp(1) + offset
+        return (log_w + gaussian_log_cell(upper, width, mean, sd)).logsumexp(1) + offset
 
     def update(self, j: int, state: State, cell: Tensor, score: Tensor, known: Tensor) -> State:
         """The state after column j is read; rows where it is not known keep their weights."""

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.density.columns import NEVER, Encoded, LabelCells, NumberCells
-from pyroflows.density.mixtures import MixedMixture
-from pyroflows.density.network import ColumnNets, log_scale, mixture_log_prob
+from pyroflows.density.conditionals import Labels, Numbers, labels_of, numbers_of
+from pyroflows.density.mixtures import MixedMixture, State
+from pyroflows.density.network import ColumnNets, mixture_log_prob
+from pyroflows.density.particles import Particles, evidence
 from pyroflows.tables import Schema
 
 __all__ = ["Rows", "TableModel"]
@@ -208,14 +210,12 @@ class TableModel(nn.Module):
     def encode(self, values: Tensor, *, lattice: bool = True) -> Rows:
         """Rows of schema-ordered values, shape (N, D) with NaN where missing."""
         raw = values[:, self.order]
-        n = len(raw)
-        features = [c.features(raw[:, i]) for i, c in enumerate(self.cells)]
         encoded = [
             c.encode(raw[:, self.num_given + t], lattice=lattice)
             for t, c in enumerate(self.targets)
         ]
         return Rows(
-            torch.cat(features, 1) if features else raw.new_zeros(n, 1).float(),
+            self.features(raw),
             torch.stack([e.cell for e in encoded]),
             torch.stack([torch.stack(e[1:]) for e in encoded], 1).float(),
             raw[:, self.num_given :].T.isnan(),
@@ -278,17 +278,17 @@ class TableModel(nn.Module):
     def mixture_log_prob(self, rows: Rows, mixture: MixedMixture | None = None) -> Tensor:
         """Log-densities of the target cells under the simple model, shape (T, N)."""
         q = mixture or self.mixture
-        assert q is not None
+        if q is None:
+            raise RuntimeError("the model has no simple part")
         state = q.start(len(rows))
         out = []
         for i, c in enumerate(self.cells):
-            x = rows.raw[:, i]
-            e = c.encode(x)
+            e = c.encode(rows.raw[:, i])
             if i >= self.num_given:
                 log_p = q.log_prob(i, state, e.cell, e.upper, e.width, e.offset)
                 # the mixture knows bins of labels only
                 out.append(log_p + e.inside if c.is_label else log_p)
-            state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(x, e))
+            state = _read(q, i, e, rows.raw[:, i], state)
         return torch.stack(out)
 
     def column_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
@@ -311,308 +311,74 @@ class TableModel(nn.Module):
 
     @torch.no_grad()
     def log_prob(
-        self,
-        values: Tensor,
-        *,
-        pattern: bool = False,
-        draws: int = 64,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Log-density of rows, shape (N,); missing cells are integrated out.
+        self, values: Tensor, *, pattern: bool = False, draws: int = 64
+    ) -> tuple[Tensor, Tensor]:
+        """Log-density of rows and its error in nats, both (N,); missing cells are integrated out.
 
         Args:
             values: Shape (N, D), NaN where missing.
             pattern: Whether to add the probability of which cells are missing, by the model that
                 sees missing cells as such (exact).
-            draws: Particles per row that has observed cells after a missing one.
-            generator: Source of randomness.
+            draws: Particles per row and batch, where two or more numbers before an observed cell
+                are missing; see :func:`pyroflows.density.particles.evidence`.
         """
-        out = values.new_empty(len(values))
+        out, error = torch.zeros(2, len(values), dtype=torch.float64)
         for part in torch.arange(len(values)).split(4096):
-            rows = self.encode(values[part])
-            log_p, log_m = self.column_log_prob(rows)
-            if pattern:
-                out[part] = (log_p + log_m).sum(0)
-                continue
-            first, last = self._gaps(rows.missing)
-            place = torch.arange(len(log_p))[:, None]
-            out[part] = torch.where(place < first, log_p, 0.0).sum(0)
-            todo = (last > first).nonzero()[:, 0]
-            for few in todo.split(max(1, 16384 // draws)):
-                if len(few):
-                    start = int(first[few].min())
-                    out[part[few]] = self.particles(
-                        values[part[few]], draws, generator=generator, start=start
-                    )[2] + torch.where(place[:start] < first[few], log_p[:start, few], 0.0).sum(0)
-        return out
+            log_p, log_m = self.column_log_prob(self.encode(values[part]))
+            out[part] = (log_p + log_m if pattern else log_p).sum(0)
+            if not pattern:
+                rows, log_z, off = evidence(self, values[part], draws=draws)
+                out[part[rows]], error[part[rows]] = log_z, off
+        return out, error
 
-    @staticmethod
-    def _gaps(missing: Tensor) -> tuple[Tensor, Tensor]:
-        """First missing and last observed place of each column of a (T, N) mask."""
-        t = len(missing)
-        place = torch.arange(t)[:, None]
-        return torch.where(missing, place, t).amin(0), torch.where(missing, -1, place).amax(0)
+    # ------------------------------------------------------------------ column by column
 
-    def walk(self, values: Tensor) -> Iterator[tuple[int, int, Tensor, Any, Tensor]]:
-        """Yield (t, place, features, state of the simple model, raw rows) for each target."""
-        raw = values[:, self.order]
-        features = torch.cat([c.features(raw[:, i]) for i, c in enumerate(self.cells)], 1)
-        q = self.mixture if self.mixture is not None and bool((self.alpha > 0).any()) else None
-        state = None if q is None else q.start(len(raw))
-        for i, c in enumerate(self.cells):
-            if i >= self.num_given:
-                yield i - self.num_given, i, features, state, raw
-            if q is not None and state is not None:
-                e = c.encode(raw[:, i])
-                state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(raw[:, i], e))
+    @property
+    def simple(self) -> MixedMixture | None:
+        """The simple model, if any column listens to it."""
+        return self.mixture if bool((self.alpha > 0).any()) else None
 
-    # ------------------------------------------------------------------ sampling
+    def features(self, raw: Tensor) -> Tensor:
+        """What the networks see of values in model order, shape (N, F)."""
+        parts = [c.features(raw[:, i]) for i, c in enumerate(self.cells)]
+        return torch.cat(parts, 1) if parts else raw.new_zeros(len(raw), 1).float()
 
-    def conditional(self, t: int, features: Tensor, q_state: Any) -> tuple[Tensor, Any]:
-        """Outputs of the M networks of target t, shape (M, N, P), and the state as it came."""
-        kind, i = self.place[t]
-        rows = [m * self.sizes[kind] + i for m in range(self.members)]
-        out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i)
-        return out.cpu(), q_state
-
-    def _draw(
-        self,
-        t: int,
-        out: Tensor,
-        q_state: Any,
-        generator: torch.Generator | None,
-        lattice: bool = True,
-    ) -> Tensor:
-        """Values of target t, shape (N,), from its conditionals."""
-        c, (kind, _) = self.targets[t], self.place[t]
-        n = out.shape[1]
-        member = torch.randint(self.members, (n,), generator=generator)
-        o = out[member, torch.arange(n)][:, 1:]
-        b = self.bins[kind]
-        k = (o.shape[1] - b) // 3
-        logits = o[:, : b + k]
-        if not kind and not lattice and len(c.atoms):
-            logits = logits.index_fill(1, torch.arange(c.hist.num_bins, c.num_bins), NEVER)
-        pick = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        x = c.draw(pick.clamp_max(c.num_bins - 1), generator, lattice=lattice)
-        if not kind:
-            part = (pick - b).clamp_min(0)[:, None]
-            loc, raw = (
-                o[:, b + k : b + 2 * k].gather(1, part)[:, 0],
-                o[:, b + 2 * k :].gather(1, part)[:, 0],
-            )
-            u = torch.rand(n, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
-            s = loc.double() + log_scale(raw).exp().double() * u.logit()
-            x = torch.where(pick >= b, c.from_score(s, lattice=lattice), x)
-        alpha = float(self.alpha[t])
-        if q_state is not None and alpha > 0:
-            q, j = self.mixture, self.num_given + t
-            if kind:
-                code = torch.multinomial(q.labels(j, q_state).exp(), 1, generator=generator)[:, 0]
-                simple = c.draw(code, generator)
-            else:
-                log_w, mean, sd = q.predict(j, q_state)
-                pick = torch.multinomial(log_w.exp(), 1, generator=generator)
-                noise = torch.randn(n, generator=generator, dtype=torch.float64)
-                simple = c.from_score(
-                    mean.gather(1, pick)[:, 0] + sd[0][pick[:, 0]] * noise, lattice=lattice
-                )
-            x = torch.where(torch.rand(n, generator=generator) < alpha, simple, x)
-        return x
-
-    def _cell_log_prob(self, t: int, x: Tensor, out: Tensor, q_state: Any) -> Tensor:
-        """Log-density of values x of target t, shape (N,)."""
-        c, (kind, _) = self.targets[t], self.place[t]
-        e = c.encode(x)
-        m, n, _ = out.shape
-        cell = e.cell.clamp_min(0).expand(m, n)
-        if kind:
-            log_p = out[..., 1:].log_softmax(-1).gather(-1, cell[..., None])[..., 0] + e.inside
-        else:
-            inside, upper, width, offset = (p.float().expand(m, n) for p in e[1:])
-            log_p = mixture_log_prob(
-                out[..., 1:], cell, inside, upper, width, offset, self.bins[0]
-            )
-        log_p = log_p.double().logsumexp(0) - math.log(m)
-        if q_state is not None:
-            simple = self.mixture.log_prob(
-                self.num_given + t, q_state, e.cell, e.upper, e.width, e.offset
-            )
-            simple = simple + e.inside if kind else simple
-            alpha = self.alpha[t].double().cpu()
-            log_p = torch.logaddexp(torch.log1p(-alpha) + log_p, alpha.log() + simple)
-        if kind:
-            log_p = torch.where(e.cell < 0, c.log_unseen, log_p)
-        return torch.where(log_p < NEVER / 10, -torch.inf, log_p)
+    def read(self, i: int, x: Tensor, state: State | None) -> State | None:
+        """The simple model's state after it has read column i."""
+        if state is None or self.mixture is None:
+            return None
+        return _read(self.mixture, i, self.cells[i].encode(x), x, state)
 
     @torch.no_grad()
-    def particles(
-        self,
-        values: Tensor,
-        draws: int,
-        *,
-        generator: torch.Generator | None = None,
-        start: int = 0,
-        leave_missing: bool = False,
-        lattice: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequential Monte Carlo over the missing cells, column by column.
-
-        A missing cell is drawn from its conditional, an observed one weighs the particles; they
-        are resampled where their effective number falls below half. The first missing label of a
-        row is enumerated rather than drawn when its labels are fewer than the particles.
+    def conditional(
+        self, t: int, features: Tensor, state: State | None = None, *, atoms: bool = True
+    ) -> Labels | Numbers:
+        """The distribution of target t for N rows, given the columns before it.
 
         Args:
-            values: Shape (N, D), NaN where a cell is to be filled in.
-            draws: Particles per row, S.
-            generator: Source of randomness.
-            start: Target place before which nothing is missing, and nothing is to be counted.
-            leave_missing: Draw also whether a missing cell stays missing, as in the data.
-            lattice: Draw lattice columns and point masses as such; else from the smooth density
-                around them.
-
-        Returns:
-            Rows filled in, shape (N, S, D); their log-weights, shape (N, S); the log-density of
-            the observed cells from ``start`` on, shape (N,).
+            t: Target.
+            features: Shape (N, F).
+            state: What the simple model has read.
+            atoms: Whether point masses have their probability.
         """
-        n, d = values.shape
-        raw = values[:, self.order].repeat_interleave(draws, 0)
-        unknown = raw.isnan()
-        features = torch.cat([c.features(raw[:, i]) for i, c in enumerate(self.cells)], 1)
-        q = self.mixture if self.mixture is not None and bool((self.alpha > 0).any()) else None
-        state = None if q is None else q.start(len(raw))
-        log_w = values.new_full((n, draws), -math.log(draws))
-        evidence = values.new_zeros(n)
-        fresh = torch.ones(n, dtype=torch.bool)  # rows of identical particles
-        for i, c in enumerate(self.cells):
-            t = i - self.num_given
-            if t >= start:
-                out, _ = self.conditional(t, features, state)
-                gap = unknown[:, i]
-                if gap.any():
-                    at = gap.nonzero()[:, 0]
-                    q_at = None if state is None else (state[0][at], state[1][at])
-                    x = self._draw(t, out[:, at], q_at, generator, lattice)
-                    row = at // draws
-                    if c.is_label and 1 < draws and not leave_missing:
-                        count = len(c.group)
-                        if count <= draws:
-                            x, extra = self._enumerate(t, x, out[:, at], q_at, fresh[row], draws)
-                            log_w.view(-1)[at] += extra
-                    if leave_missing and bool(c.missing_seen):
-                        odds = out[:, at, 0].sigmoid().mean(0)
-                        x = torch.where(
-                            torch.rand(len(at), generator=generator) < odds, torch.nan, x
-                        )
-                    raw[at, i] = x
-                    features[at, self.slices[i]] = c.features(x)
-                    fresh[row] = False
-                if not gap.all():
-                    log_p = self._cell_log_prob(t, raw[:, i], out, state)
-                    log_w = log_w + torch.where(gap, 0.0, log_p).view(n, draws)
-                    if draws > 1:
-                        seen = ~gap.view(n, draws)[:, 0]
-                        total = log_w.logsumexp(1)
-                        share = (log_w - total[:, None]).nan_to_num(-math.log(draws)).exp()
-                        poor = (
-                            seen
-                            & (1 / share.square().sum(1) < draws / 2)
-                            & ~fresh
-                            & total.isfinite()
-                        )
-                        if poor.any():
-                            at = poor.nonzero()[:, 0]
-                            offset = torch.rand(len(at), 1, generator=generator, dtype=share.dtype)
-                            grid = (torch.arange(draws) + offset) / draws
-                            pick = torch.searchsorted(share[at].cumsum(1), grid).clamp_max(
-                                draws - 1
-                            )
-                            to, come = _flat(at, draws), (at[:, None] * draws + pick).reshape(-1)
-                            raw[to], features[to] = raw[come], features[come]
-                            if state is not None:
-                                state[0][to], state[1][to] = state[0][come], state[1][come]
-                            evidence[at] += total[at]
-                            log_w[at] = -math.log(draws)
-            if state is not None:
-                e = c.encode(raw[:, i])
-                state = q.update(i, state, e.cell, e.upper - e.width / 2, _regular(raw[:, i], e))
-        filled = torch.empty_like(raw)
-        filled[:, self.order] = raw
-        total = log_w.logsumexp(1)
-        return filled.view(n, draws, d), log_w - total[:, None], evidence + total
+        (kind, i), c = self.place[t], self.targets[t]
+        rows = [m * self.sizes[kind] + i for m in range(self.members)]
+        out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i).cpu()
+        alpha, j, q = float(self.alpha[t]), self.num_given + t, self.mixture
+        heard = state is not None and q is not None and alpha > 0
+        if isinstance(c, LabelCells):
+            return labels_of(c, out, q.labels(j, state) if heard else None, alpha)
+        simple = q.predict(j, state) if heard else None
+        return numbers_of(c, out, self.bins[0], simple, alpha, atoms=atoms)
 
-    def _enumerate(
-        self, t: int, x: Tensor, out: Tensor, q_state: Any, fresh: Tensor, draws: int
-    ) -> tuple[Tensor, Tensor]:
-        """Replace draws of label t by all labels in turn, and their log importance weights."""
-        count = len(self.targets[t].group)
-        turn = torch.arange(len(x)) % draws % count
-        times = torch.bincount(torch.arange(draws) % count, minlength=count).double()
-        log_p = self._cell_log_prob(t, turn.double(), out, q_state)
-        extra = log_p - (times[turn] / draws).log()
-        return torch.where(fresh, turn.double(), x), torch.where(fresh, extra, 0.0)
-
-    # ------------------------------------------------------------------ distribution functions
-
-    def cdf(self, t: int, x: Tensor, out: Tensor, q_state: Any) -> Tensor:
-        """P(X <= x) for number target t, shape (N,), given outputs of :meth:`conditional`."""
-        c = self.targets[t]
-        half = c.step / 2
-        x = c.snap(x) + half if c.step > 0 else x
-        b = self.bins[0]
-        k = (out.shape[-1] - 1 - b) // 3
-        o = out[..., 1:].double()
-        w = o[..., : b + k].softmax(-1)
-        cell, share = c.hist.cdf_in_bin(x)
-        bins = w[..., : c.hist.num_bins]
-        below = torch.cat([bins.new_zeros(*bins.shape[:-1], 1), bins.cumsum(-1)], -1)
-        index = cell.expand(out.shape[:2])[..., None]
-        total = below.gather(-1, index)[..., 0] + bins.gather(-1, index)[..., 0] * share
-        s = c.scores(x)[0]
-        scale = log_scale(o[..., b + k + k :]).exp()
-        total = total + (
-            w[..., b:] * ((s[:, None] - o[..., b + k : b + 2 * k]) / scale).sigmoid()
-        ).sum(-1)
-        for a, atom in enumerate(c.atoms):
-            total = total + w[..., c.hist.num_bins + a] * (x >= atom)
-        total = total.mean(0)
-        if q_state is not None:
-            log_w, mean, sd = self.mixture.predict(self.num_given + t, q_state)
-            simple = (log_w.exp() * torch.special.ndtr((s[:, None] - mean) / sd)).sum(1)
-            alpha = self.alpha[t].double().cpu()
-            total = (1 - alpha) * total + alpha * simple
-        total = torch.where(x < c.bounds[0], 0.0, total)
-        return torch.where(x >= c.bounds[1], 1.0, total).clamp(0, 1)
-
-    def mean(self, t: int, out: Tensor, q_state: Any) -> Tensor:
-        """Mean of number target t, shape (N,), from its distribution function at 400 points."""
-        c = self.targets[t]
-        s = torch.linspace(-10, 10, 401, dtype=torch.float64)
-        x = torch.cat([c.keep(c.scores.inverse(s)), c.atoms]).unique()
-        step = c.step if c.step > 0 else 0.0
-        f = torch.stack([self.cdf(t, v.expand(out.shape[1]), out, q_state) for v in x])
-        middle = (x[:-1] + step + x[1:]) / 2
-        share = f.diff(dim=0) / (f[-1] - f[0]).clamp_min(1e-9)
-        return (middle[:, None] * share).sum(0) if len(x) > 1 else x.expand(out.shape[1])
-
-    def icdf(self, t: int, p: Tensor, out: Tensor, q_state: Any) -> Tensor:
-        """Smallest x with P(X <= x) >= p for number target t, by bisection; shape (N,)."""
-        c = self.targets[t]
-        lo, hi = torch.full_like(p, -30.0), torch.full_like(p, 30.0)
-        for _ in range(50):
-            mid = (lo + hi) / 2
-            up = self.cdf(t, c.scores.inverse(mid), out, q_state) >= p
-            lo, hi = torch.where(up, lo, mid), torch.where(up, mid, hi)
-        return c.keep(c.scores.inverse(hi))
+    def walk(self, values: Tensor) -> Iterator[tuple[int, Tensor, Labels | Numbers]]:
+        """Yield (place, column of values, conditional) for each target of rows, shape (N, D)."""
+        p = Particles.start(self, values)
+        for t, i in p.walk():
+            yield i, p.raw[:, i], p.conditional(t, torch.arange(len(values)))
 
 
-def _regular(x: Tensor, e: Encoded) -> Tensor:
-    """Cells that tell the simple model something.
-
-    Neither missing nor point masses of a number column.
-    """
-    return ~x.isnan() & (e.offset > NEVER / 10)
-
-
-def _flat(rows: Tensor, draws: int) -> Tensor:
-    return (rows[:, None] * draws + torch.arange(draws)).reshape(-1)
+def _read(q: MixedMixture, i: int, e: Encoded, x: Tensor, state: State) -> State:
+    """The state after column i; missing cells and point masses tell the simple model nothing."""
+    known = ~x.isnan() & (e.offset > NEVER / 10)
+    return q.update(i, state, e.cell, e.upper - e.width / 2, known)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ColumnNets", "log_scale", "mixture_log_prob"]
+__all__ = ["ColumnNets", "log_scale", "logistic_log_cell", "mixture_log_prob"]
 
 
 def log_scale(raw: Tensor) -> Tensor:
@@ -54,12 +54,16 @@ def mixture_log_prob(
     logits, loc, raw = out.split([bins + k, k, k], -1)
     log_w = logits.log_softmax(-1)
     log_bin = log_w[..., :bins].gather(-1, cell[..., None])[..., 0] + inside
-    inv = (-log_scale(raw)).exp()
-    a = (upper[..., None] - loc) * inv
-    delta = width[..., None] * inv
-    log_cell = F.logsigmoid(a) + F.logsigmoid(delta - a) + torch.log(-torch.expm1(-delta))
+    log_cell = logistic_log_cell(upper, width, loc, (-log_scale(raw)).exp())
     log_k = (log_w[..., bins:] + log_cell).logsumexp(-1) + offset
     return torch.logaddexp(log_bin, log_k)
+
+
+def logistic_log_cell(upper: Tensor, width: Tensor, loc: Tensor, inv: Tensor) -> Tensor:
+    """Log-probability of the cell (upper - width, upper] under logistics (..., K) of rate inv."""
+    a = (upper[..., None] - loc) * inv
+    delta = width[..., None] * inv
+    return F.logsigmoid(a) + F.logsigmoid(delta - a) + torch.log(-torch.expm1(-delta))
 
 
 class ColumnNets(nn.Module):
