@@ -209,9 +209,15 @@ class Cloud:
 
     def add(self, p: Particles, rows: Tensor, keep: Tensor, column: Tensor, ends: Tensor) -> None:
         """Take the particles of those of ``rows`` that ``keep`` names, shape (len(rows),)."""
-        share = p.log_w - p.total(len(rows))[p.row]
+        total = p.total(len(rows))[p.row]
+        share = torch.where(total > -torch.inf, p.log_w - total, 0.0)  # no weights: all alike
         mine = keep[p.row].nonzero()[:, 0]
         self._parts.append((rows[p.row[mine]], p.raw[mine], share[mine], column[mine], ends[mine]))
+
+    @property
+    def dead(self) -> Tensor:
+        """Rows whose observed cells are impossible, shape (N,)."""
+        return self.evidence == -torch.inf
 
     def close(self) -> Cloud:
         """Sort the particles by row."""
@@ -631,7 +637,8 @@ def complete(
         *_, (*_, p) = _completed(model, c, len(few), count, mine, leave=leave, lattice=lattice)
         filled = torch.empty_like(p.raw)
         filled[:, model.order] = p.raw
-        parts.append(filled.view(len(few), count, d))
+        filled = filled.view(len(few), count, d)
+        parts.append(torch.where(c.dead[:, None, None], few[:, None], filled))
     return torch.cat(parts) if parts else values[:, None].expand(-1, count, -1)
 
 
@@ -674,7 +681,7 @@ def averages(model: TableModel, values: Tensor, count: int, uniforms: Uniforms) 
             alone = alone & ~todo
         done = torch.empty_like(result)
         done[:, model.order] = result
-        out[rows] = done
+        out[rows] = torch.where(c.dead[:, None], few, done)
     return out
 
 
@@ -691,8 +698,14 @@ def _mean_of(c: Cloud, i: int, cells: Any, n: int) -> Tensor:
 
 
 def _warn(c: Cloud, count: int) -> None:
-    """Say where draws repeat each other."""
-    few = c.effective < min(max(count / 4, 2), 50)
+    """Say where cells are impossible, and where draws repeat each other."""
+    if c.dead.any():
+        warnings.warn(
+            f"{int(c.dead.sum())} row(s) have observed cells outside the support of their column; "
+            "their missing cells stay missing",
+            stacklevel=2,
+        )
+    few = (c.effective < min(max(count / 4, 2), 50)) & ~c.dead
     if few.any():
         warnings.warn(
             f"the observed cells of {int(few.sum())} row(s) are so improbable given the cells "
