@@ -17,6 +17,8 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
 
+from pyroflows.guides.evaluation import is_discrete
+
 __all__ = ["PathGradientELBO"]
 
 
@@ -34,7 +36,11 @@ class PathGradientELBO(ELBO):
     square of its normalized weight (doubly reparameterized; Tucker et al. 2019, eq. 8).
 
     Works with any guide whose latents are reparameterized, in place of
-    :class:`~pyro.infer.Trace_ELBO`. Samples that are not finite are dropped from the average.
+    :class:`~pyro.infer.Trace_ELBO`. Where the model has no finite density a sample lies
+    outside of the posterior: the bound, and its gradient, are then those of the guide without such
+    samples, :math:`E_q[\log p - \log q \mid \text{inside}] + \log q(\text{inside})`. Discrete
+    latents are not summed out.
+
     Cost: the guide runs twice per step, the second time to invert its transforms.
 
     Args:
@@ -95,17 +101,25 @@ class PathGradientELBO(ELBO):
             fixed = poutine.trace(poutine.replay(guide, trace=leaves)).get_trace(*args, **kwargs)
             fixed.compute_log_prob()
         model_trace = poutine.trace(poutine.replay(model, trace=leaves)).get_trace(*args, **kwargs)
+        for name, site in model_trace.nodes.items():
+            if name not in leaves.nodes and is_discrete(site):
+                raise ValueError(
+                    f"PathGradientELBO does not sum out the discrete latent '{name}'. Use "
+                    "TraceEnum_ELBO, or fit_guide with an AutoFlow"
+                )
         if is_validation_enabled():
             check_model_guide_match(model_trace, fixed, self.max_plate_nesting)
         model_trace.compute_log_prob()
         return prune_subsample_sites(model_trace), prune_subsample_sites(fixed), drawn
 
-    def _log_weights(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
+    def _log_weights(
+        self, model_trace: poutine.Trace | None, guide_trace: poutine.Trace
+    ) -> Tensor:
         """Log p - log q of each particle; ``(S,)``, or ``()`` when they come one at a time."""
         batched = self.vectorize_particles and self.num_particles > 1
         total: Any = 0.0
         for trace, sign in ((model_trace, 1 / self.temperature), (guide_trace, -1.0)):
-            for site in trace.nodes.values():
+            for site in trace.nodes.values() if trace is not None else ():
                 if site["type"] != "sample" or is_identically_zero(site["log_prob"]):
                     continue
                 log_prob, inner = site["log_prob"], self.max_plate_nesting - 1
@@ -122,15 +136,37 @@ class PathGradientELBO(ELBO):
         ok = log_weights.detach().isfinite()
         safe = torch.where(ok, log_weights, torch.zeros_like(log_weights))
         if not self.iwae:
-            count = ok.sum().clamp(min=1)
-            mean = safe.sum() / count
-            return (torch_item(mean) if ok.any() else math.nan), mean
+            mean = safe.sum() / ok.sum().clamp(min=1)
+            share = ok.double().mean().log().item()
+            return (torch_item(mean) + share if ok.any() else math.nan), mean
         if not ok.any():
             return math.nan, safe.sum()
         masked = log_weights.detach().masked_fill(~ok, -math.inf)
         normalized = torch.softmax(masked, 0)
         bound = torch.logsumexp(masked, 0) - math.log(len(masked))
         return torch_item(bound), (normalized.square() * safe).sum()
+
+    def _outside(
+        self,
+        guide: Callable,
+        drawn: poutine.Trace,
+        log_weights: Tensor,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        """A scalar whose gradient is that of -log q(inside), from the samples outside."""
+        outside = ~log_weights.detach().reshape(-1).isfinite()
+        if not bool(outside.any()) or bool(outside.all()):
+            return None
+        fixed = drawn.copy()
+        for name, site in drawn.nodes.items():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                fixed.nodes[name] = {**site, "value": site["value"].detach().clone()}
+        again = poutine.trace(poutine.replay(guide, trace=fixed)).get_trace(*args, **kwargs)
+        again.compute_log_prob()
+        log_q = self._log_weights(None, prune_subsample_sites(again)).reshape(-1).neg()
+        log_q = torch.where(outside & log_q.detach().isfinite(), log_q, 0.0)
+        return log_q.sum() / (~outside).sum()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound."""
@@ -173,7 +209,8 @@ class PathGradientELBO(ELBO):
         loss, surrogate, paths = 0.0, torch.zeros(()), []
         share = 1.0 if self.vectorize_particles else 1.0 / self.num_particles
         for model_trace, fixed, drawn in self._get_traces(model, guide, args, kwargs):
-            bound, objective = self._objective(self._log_weights(model_trace, fixed))
+            log_weights = self._log_weights(model_trace, fixed)
+            bound, objective = self._objective(log_weights)
             loss = loss - share * bound
             if not objective.requires_grad:
                 continue
@@ -199,6 +236,8 @@ class PathGradientELBO(ELBO):
                 if grad is not None
             ]
             found = self._drop(found)
+            outside = self._outside(guide, drawn, log_weights, args, kwargs)
+            found += [] if outside is None else [(outside, torch.full_like(outside, share))]
             surrogate = surrogate + sum((value * grad).sum() for value, grad in found)
             paths += found
         return loss, surrogate, paths

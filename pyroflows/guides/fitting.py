@@ -4,38 +4,54 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.checks import check_run, finite_start, model_keywords
 from pyroflows.guides.elbo import PathGradientELBO
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
+from pyroflows.guides.routes import seeded
+from pyroflows.guides.schedule import BasePoints, GradientClipper, Schedule
 from pyroflows.guides.weights import WeightSummary, summarize_weights
 
-__all__ = ["FitResult", "GradientClipper", "fit_guide", "Schedule"]
+__all__ = [
+    "FitResult",
+    "GradientClipper",
+    "Schedule",
+    "fit_guide",
+    "leaves_of",
+    "standard_normal",
+]
+
+_MOST_GRADIENTS = 50_000
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult:
     """What :func:`fit_guide` did.
 
     Attributes:
-        losses: Minus the ELBO of each step, in nats.
+        losses: Minus the ELBO of each step, in nats; NaN for a step without a finite particle.
         prefit: The Gaussian from which the flow started, None if there was no pre-fit.
         candidates: All Gaussians that were considered.
         diagnostics: Summary of fresh importance weights after the fit.
         num_gradients: Evaluations of the model's gradient, pre-fit included.
-        num_dropped: Particles that were dropped because something was not finite.
-        converged: Whether the ELBO had levelled off before the last step of the longest schedule.
-        reverted: Whether training made it worse than the pre-fit, which was then put back.
+        num_dropped: Particles without a finite density or gradient.
+        num_failed: Evaluations at which the model raised.
+        converged: Whether the ELBO had levelled off before the last step of the longest schedule,
+            and what was reached is kept.
+        reverted: Whether training made it worse than where it began, which was then put back.
+        stopped: What ended the fit early: ``"max_time"``, ``"callback"``, ``"interrupt"``; or "".
         cpu_seconds: Processor time.
     """
 
@@ -45,120 +61,44 @@ class FitResult:
     diagnostics: WeightSummary | None = None
     num_gradients: int = 0
     num_dropped: int = 0
+    num_failed: int = 0
     converged: bool = False
     reverted: bool = False
+    stopped: str = ""
     cpu_seconds: float = 0.0
 
-
-class Schedule:
-    """Learning rate: linear warm-up, level until the loss levels off, then a cosine to zero.
-
-    Args:
-        num_steps: Longest schedule; two thirds of it, if never levelled off, are the cosine.
-        window: Steps over which losses are averaged to see whether they still fall; 0 never looks.
-        tol: Fall of the loss per window, in nats, that is worth another window at the full rate.
-    """
-
-    def __init__(self, num_steps: int, *, window: int = 60, tol: float = 0.005) -> None:
-        self.num_steps, self.window, self.tol = num_steps, window, tol
-        self.warmup = max(1, min(20, num_steps // 10))
-        self.decay_from, self.decay_steps = num_steps // 3, num_steps - num_steps // 3
-        self.converged = False
-
-    def factor(self, step: int) -> float:
-        """Factor of the learning rate at a step; 0 ends the fit."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        if step < self.decay_from:
-            return 1.0
-        return 0.5 * (
-            1 + math.cos(math.pi * min(1.0, (step - self.decay_from) / self.decay_steps))
-        )
-
-    def see(self, losses: list[float]) -> None:
-        """Begin the cosine early if the last window of losses is no lower than the one before."""
-        n, w = len(losses), self.window
-        if (
-            not w
-            or n >= self.decay_from
-            or n < self.warmup + 2 * w
-            or (n - self.warmup) % (w // 2)
-        ):
-            return
-        recent, before = (
-            torch.tensor(x, dtype=torch.float64) for x in (losses[-w:], losses[-2 * w : -w])
-        )
-        noise = ((recent.var() + before.var()) / w).sqrt()
-        if not before.mean() - recent.mean() > max(self.tol, noise.item()):
-            self.decay_from, self.converged = n, True
-            self.decay_steps = min(self.decay_steps, max(2 * w, n))
+    def __repr__(self) -> str:
+        """Sum the fit up in a line."""
+        finite = [x for x in self.losses[-50:] if math.isfinite(x)]
+        if self.diagnostics is not None:
+            elbo = f"ELBO {self.diagnostics.elbo:.3f} ± {self.diagnostics.elbo_error:.3f}"
+        else:
+            elbo = f"ELBO about {-sum(finite) / len(finite):.3f}" if finite else "no finite ELBO"
+        notes = [elbo, f"{len(self.losses)} steps", f"{self.num_gradients} gradients"]
+        notes += [f"{self.num_dropped} particles dropped"] if self.num_dropped else []
+        notes += [f"the model raised {self.num_failed} times"] if self.num_failed else []
+        notes += ["converged"] if self.converged else []
+        notes += ["put back to where it began"] if self.reverted else []
+        notes += [f"stopped by {self.stopped}"] if self.stopped else []
+        return f"FitResult({', '.join(notes)}, {self.cpu_seconds:.1f} s)"
 
 
-class GradientClipper:
-    """Scale a gradient down to a multiple of the running median of its norm.
+@dataclass
+class Options:
+    """How :func:`fit_guide` trains; see there."""
 
-    Args:
-        factor: The multiple.
-        window: Steps over which the median runs.
-    """
-
-    def __init__(self, factor: float = 2.0, window: int = 50) -> None:
-        self.factor, self.norms = factor, deque[float](maxlen=window)
-
-    def __call__(self, tensors: list[Tensor]) -> bool:
-        """Clip the gradients of ``tensors`` together; False if they are not finite."""
-        grads = [t.grad for t in tensors if t.grad is not None]
-        norm = torch.stack([g.norm() for g in grads]).norm().item() if grads else 0.0
-        if not math.isfinite(norm):
-            return False
-        if len(self.norms) >= 5:
-            limit = self.factor * sorted(self.norms)[len(self.norms) // 2]
-            if norm > limit > 0:
-                for g in grads:
-                    g.mul_(limit / norm)
-        self.norms.append(norm)
-        return True
+    num_steps: int | None
+    num_particles: int
+    lr: float
+    iwae: bool
+    temperature: float
+    max_gradients: int
+    deadline: float
+    progress: bool
+    callback: Callable[[int, float], object] | None
 
 
-class _BasePoints:
-    """Standard normal batches: one Sobol set, shifted at random modulo one for each."""
-
-    def __init__(self, num: int, dim: int, like: Tensor) -> None:
-        engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
-        self.points = engine.draw(num, dtype=torch.float64).to(like.device)
-        self.like = like
-
-    def draw(self) -> Tensor:
-        shift = torch.rand(
-            self.points.shape[-1], dtype=self.points.dtype, device=self.points.device
-        )
-        eps = 1e-10
-        return torch.special.ndtri(((self.points + shift) % 1.0).clamp(eps, 1 - eps)).to(self.like)
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Run under a seed and give the random state back; do nothing without one."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-def _model_parameters(density: LatentDensity) -> list[Tensor]:
-    """Unconstrained leaves of the model's own parameters."""
-    with torch.no_grad(), poutine.trace(param_only=True) as seen:
-        density.evaluate(density.init_loc)
-    leaves = [
-        site["value"].unconstrained()
-        for site in seen.trace.nodes.values()
-        if site["type"] == "param"
-    ]
-    return [p for p in leaves if p.requires_grad]
-
-
+@model_keywords
 def fit_guide(
     model: Callable,
     guide: AutoFlow | Callable,
@@ -171,6 +111,10 @@ def fit_guide(
     iwae: bool = False,
     temperature: float = 1.0,
     prefit_first: bool | None = None,
+    max_gradients: int | None = None,
+    max_time: float | None = None,
+    callback: Callable[[int, float], object] | None = None,
+    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> FitResult:
     r"""Fit a guide to the posterior of a model: an :class:`AutoFlow`, or any reparameterized one.
@@ -182,11 +126,17 @@ def fit_guide(
         \qquad u_s = T_\theta(z_s), \quad \bar\theta\ \text{held fixed},
 
     whose variance vanishes when the guide is exact. Adam with warm-up and a cosine to zero;
-    particles that are not finite are dropped; gradients are clipped to twice their running median.
-    The guide never ends worse than its pre-fit.
+    gradients are clipped to twice their running median. Model and guide first run once under
+    Pyro's validation. The guide never ends worse than where it began: the pre-fit, or the state it
+    came in.
 
-    A guide of another kind gets all of this but the pre-fit, the guard, annealing and convergence:
-    1,000 steps if ``num_steps`` is None.
+    Where the model has no finite density (-inf, NaN, an exception) a particle lies outside of the
+    posterior: the ELBO is that of the guide without such points,
+    :math:`E_q[\log p - \log q \mid \text{inside}] + \log q(\text{inside})`, still a lower bound of
+    the evidence, and the gradient of :math:`\log q(\text{inside})` drives the guide inside.
+
+    A guide of another kind gets all of this but the pre-fit and convergence: 1,000 steps if
+    ``num_steps`` is None.
 
     Cost: by default at most 50,000 gradients of the model, the pre-fit included; one forward and
     one inverse pass of the flow per step.
@@ -197,68 +147,77 @@ def fit_guide(
         *args: Arguments of the model.
         num_steps: Steps; up to 700 if None, fewer where the ELBO levels off.
         num_particles: Draws per step, evaluated as one batch.
-        progress: Whether to print the ELBO now and then.
-        seed: Seed of everything random here; the global state is then given back untouched.
+        progress: Whether to show a progress bar.
+        seed: Seed of everything random here; the global states are then given back untouched.
         lr: Largest learning rate of Adam; if None, 0.01, or 0.002 with iwae.
         iwae: Whether to maximize the importance-weighted bound of all particles of a step; it
             covers more of the posterior, and suits importance sampling.
         temperature: Where to begin annealing: the model's log-density is divided by it in the
             pre-fit and at the start, by less and less until half of the steps, then by 1.
-            Above 1 for posteriors with several modes.
+            Above 1 for posteriors with several modes that overlap.
         prefit_first: Whether to pre-fit a Gaussian first; if None, only a guide that was never
             trained.
+        max_gradients: Gradients of the model at most, the pre-fit included (which takes a fifth at
+            most); 50,000 if None, unless ``num_steps`` says how many.
+        max_time: Seconds after which it comes to an end, half of them for the pre-fit at most; the
+            rate falls to zero by then.
+        callback: Called as ``callback(step, loss)`` after each step; what is true ends the fit.
+        model_kwargs: Keyword arguments of the model whose names are also names of these options.
         **kwargs: Keyword arguments of the model.
 
     Returns:
         Losses, pre-fit and diagnostics.
+
+    Raises:
+        ValueError: What Pyro's validation finds; a start without finite density, naming the site;
+            a guide of another model; a keyword that model and fit both have.
 
     References:
         Roeder, Wu, Duvenaud (2017), Sticking the landing. arXiv:1703.09194
         Agrawal, Domke (2024), Disentangling impact of capacity, objective, batchsize, estimators,
         and step-size on flow VI. arXiv:2412.08824
     """
-    result, begun = FitResult(), time.process_time()
-    lr = (0.002 if iwae else 0.01) if lr is None else lr
-    if num_particles < 1 or (num_steps is not None and num_steps < 1):
-        raise ValueError(
-            "fit_guide: num_steps and num_particles must be positive; "
-            f"got {num_steps} and {num_particles}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"fit_guide: temperature must be positive; got {temperature}")
-    with _seeded(seed):
-        if not isinstance(guide, AutoFlow):
-            _train_any(model, guide, args, kwargs, result, num_steps, num_particles, lr, progress)
-            result.cpu_seconds = time.process_time() - begun
-            return result
-        guide.setup(*args, **kwargs)
-        density = _density_for(model, guide, args, kwargs)
-        packed, transport = guide._parameters["packed"], guide._modules["transport"]
-        if prefit_first is None:
-            prefit_first = torch.equal(packed, transport.initial)
-        if prefit_first:
-            frozen = density.frozen()
-            found = prefit(
-                lambda u: frozen(u) / temperature, transport.loc, full_rank=transport.full_rank
-            )
-            result.prefit, result.candidates, result.num_gradients = found
-            guide.place(result.prefit)
-        _train(
-            density,
-            guide,
-            [packed, *_model_parameters(density)],
-            result,
-            num_steps,
-            num_particles,
-            lr,
-            progress,
-            iwae,
-            temperature,
-        )
-        with torch.no_grad():
-            result.diagnostics = _assess(density, guide, result, iwae)
+    kwargs = {**kwargs, **(model_kwargs or {})}
+    positive = {
+        "num_steps": num_steps,
+        "num_particles": num_particles,
+        "temperature": temperature,
+        "lr": lr,
+        "max_gradients": max_gradients,
+        "max_time": max_time,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"fit_guide: {name} must be positive; got {value}")
+    result, begun, now = FitResult(), time.process_time(), time.monotonic()
+    options = Options(
+        num_steps,
+        num_particles,
+        (0.002 if iwae else 0.01) if lr is None else lr,
+        iwae,
+        temperature,
+        max_gradients or (_MOST_GRADIENTS if num_steps is None else 2**62),
+        math.inf if max_time is None else now + max_time,
+        progress,
+        callback,
+    )
+    with seeded(seed):
+        if isinstance(guide, AutoFlow):
+            guide.setup(*args, **kwargs)
+            density = _density_for(model, guide, args, kwargs)
+            _begin(density, guide, prefit_first, options, result)
+            _FlowFit(density, guide, options, result).run()
+            _tell_failures(density, result)
+        else:
+            check_run(model, guide, args, kwargs)
+            with pyro.validation_enabled(False), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Encountered NaN: loss")  # the losses tell
+                _train_any(model, guide, args, kwargs, options, result)
     result.cpu_seconds = time.process_time() - begun
     return result
+
+
+# ---------------------------------------------------------------------------- where it begins
 
 
 def _density_for(
@@ -276,79 +235,114 @@ def _density_for(
     return density
 
 
-def _train_any(
-    model: Callable,
-    guide: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
+def _begin(
+    density: LatentDensity,
+    guide: AutoFlow,
+    prefit_first: bool | None,
+    options: Options,
     result: FitResult,
-    num_steps: int | None,
-    num_particles: int,
-    lr: float,
-    progress: bool,
 ) -> None:
-    """Fit a guide that is no :class:`AutoFlow` through Pyro's messages; see :func:`fit_guide`."""
-    elbo, clip = PathGradientELBO(num_particles), GradientClipper()
-    schedule = Schedule(1000 if num_steps is None else num_steps, window=0)
-    parameters: dict[str, Tensor] = {}
-    optimizer: torch.optim.Optimizer | None = None
-    for step in range(schedule.num_steps):
-        with poutine.trace(param_only=True) as seen:
-            loss = elbo.loss_and_grads(model, guide, *args, **kwargs)
-        found = {
-            name: site["value"].unconstrained()
-            for name, site in seen.trace.nodes.items()
-            if site["type"] == "param"
-        }
-        if found.keys() - parameters.keys() or optimizer is None:
-            parameters.update(found)
-            optimizer = torch.optim.Adam(parameters.values(), lr=lr, betas=(0.9, 0.99), fused=True)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule.factor(step)
-        if clip(list(parameters.values())):
-            optimizer.step()
-        optimizer.zero_grad()
-        result.losses.append(loss)
-        _report(step, result.losses, progress)
-    result.num_gradients += len(result.losses) * num_particles
+    """Check model and guide, find a start of finite density, and pre-fit."""
+    packed, transport = guide._parameters["packed"], guide._modules["transport"]
+    fresh = torch.equal(packed, transport.initial)
+    if not (fresh if prefit_first is None else prefit_first):
+        check_run(density.model, guide, density.args, density.kwargs)
+        return
+    start = finite_start(density, transport.loc.clone())
+    at = transport.loc if start is None else start
+    check_run(density.model, guide, density.args, density.kwargs, density.constrain(at))
+    if start is None:
+        raise ValueError(
+            "fit_guide: neither the start, nor points around it, nor draws from the prior have a "
+            "finite density together"
+        )
+    frozen, temperature = density.frozen(), options.temperature
+    tempered = frozen if temperature == 1.0 else _Tempered(frozen, temperature)
+    left = options.deadline - time.monotonic()
+    result.prefit, result.candidates, result.num_gradients = prefit(
+        tempered,
+        start,
+        full_rank=transport.full_rank,
+        max_gradients=min(10_000, options.max_gradients // 5),
+        max_time=left / 2 if math.isfinite(left) else None,
+    )
+    guide.place(result.prefit)
 
 
-def _report(step: int, losses: list[float], progress: bool) -> None:
-    if progress and (step + 1) % 50 == 0:
-        window = [x for x in losses[-50:] if math.isfinite(x)]
-        print(f"step {step + 1}: ELBO {-sum(window) / max(1, len(window)):.3f}", flush=True)
+@dataclass
+class _Tempered:
+    """A log-density divided by a temperature."""
+
+    density: LatentDensity
+    temperature: float
+
+    @property
+    def batch_size(self) -> int:
+        return self.density.batch_size
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return self.density(u) / self.temperature
 
 
-def _log_weights(density: LatentDensity, guide: AutoFlow, z: Tensor) -> Tensor:
-    transport = guide._modules["transport"]
-    v, log_det = transport.from_base(guide._parameters["packed"], z)
-    log_q = _standard_normal(z) - log_det - transport.log_det_scale
-    return density(transport.loc + transport.spread(v)) - log_q
+def _tell_failures(density: LatentDensity, result: FitResult) -> None:
+    result.num_failed = density.failures.count
+    if result.num_failed:
+        warnings.warn(
+            f"fit_guide: the model raised at {density.failures}; such points count as impossible. "
+            "Guard the model if they are not",
+            stacklevel=4,
+        )
 
 
-def _assess(
-    density: LatentDensity, guide: AutoFlow, result: FitResult, iwae: bool
-) -> WeightSummary:
-    """Summary of the weights; a guide that is clearly worse than its pre-fit goes back there."""
-    z = normal_points(1000, density.dim, like=guide._modules["transport"].loc, seed=1)
-    summary = summarize_weights(_log_weights(density, guide, z))
-    before = result.prefit
-    if before is None or density.stochastic:
-        return summary
-    elbo = before.rate(
-        lambda u: density(u.to(z)).double()
-    ).elbo  # as rated by the model itself, untempered
-    if math.isfinite(elbo):
-        error = summary.elbo_error if math.isfinite(summary.elbo_error) else 0.0
-        margin = 10.0 if iwae else 0.1  # the bound of many particles may cost some ELBO
-        if not summary.elbo > elbo - max(margin, min(3 * error, 5 * margin)):
-            guide.place(before)
-            summary = summarize_weights(_log_weights(density, guide, z))
-            result.reverted = True
-    return summary
+def _model_parameters(density: LatentDensity) -> list[Tensor]:
+    """Unconstrained leaves of the model's own parameters."""
+    with torch.no_grad(), poutine.trace(param_only=True) as seen:
+        density(density.init_loc)
+    return [p for p in _leaves(seen.trace).values() if p.requires_grad]
 
 
-def _standard_normal(z: Tensor) -> Tensor:
+# ---------------------------------------------------------------------------- steps
+
+
+def _steps(most: int, schedule: Schedule, options: Options, result: FitResult) -> Iterator[int]:
+    """Numbers of steps, with a progress bar, until something ends them; losses are in result."""
+    bar = tqdm(range(most), desc="fit_guide", unit="step", disable=not options.progress)
+    begun = time.monotonic()
+    try:
+        for step in bar:
+            if step and time.monotonic() >= options.deadline:
+                result.stopped = "max_time"
+                return
+            yield step
+            if step % 10 == 9:
+                if math.isfinite(options.deadline):
+                    now = time.monotonic()
+                    left = (options.deadline - now) * (step + 1) / max(now - begun, 1e-9)
+                    schedule.end_within(step + 1, left)
+                window = [x for x in result.losses[-50:] if math.isfinite(x)]
+                elbo = f"{-sum(window) / len(window):.3f}" if window else "not finite"
+                bar.set_postfix(ELBO=elbo)
+            if options.callback is not None and options.callback(step, result.losses[-1]):
+                result.stopped = "callback"
+                return
+    finally:
+        bar.close()
+
+
+class _State:
+    """A copy of tensors, and the way back to it."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.kept = [t.detach().clone() for t in tensors]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, kept in zip(self.tensors, self.kept, strict=True):
+            tensor.copy_(kept)
+
+
+def standard_normal(z: Tensor) -> Tensor:
     """Log-density of independent standard normals; ``(*batch, D)`` to ``(*batch)``."""
     return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
 
@@ -356,15 +350,17 @@ def _standard_normal(z: Tensor) -> Tensor:
 def _shares(log_weights: Tensor, iwae: bool, along_path: bool) -> Tensor:
     """Weight of each particle in the gradient: equal, or by the normalized weights of the bound.
 
-    Along the path these are squared (Tucker et al. 2019, eq. 8).
+    Along the path these are squared (Tucker et al. 2019, eq. 8). A tenth of the objective is the
+    ELBO: the bound alone does not see draws where the posterior has no mass.
     """
+    equal = torch.full_like(log_weights, 1 / len(log_weights))
     if not iwae:
-        return torch.full_like(log_weights, 1 / len(log_weights))
+        return equal
     w = torch.softmax(log_weights, 0).nan_to_num(0.0)
-    return w.square() if along_path else w
+    return torch.lerp(w.square() if along_path else w, equal, 0.1)
 
 
-def _leaves(
+def leaves_of(
     transport: Any, packed: Tensor, lr: float, others: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[float], torch.optim.Optimizer]:
     """Leaves, rates and Adam: the flow's own parameters at their own rate, and the affine map."""
@@ -381,186 +377,222 @@ def _leaves(
     )
 
 
-def _train(
-    density: LatentDensity,
-    guide: AutoFlow,
-    parameters: list[Tensor],
-    result: FitResult,
-    num_steps: int | None,
-    num_particles: int,
-    lr: float,
-    progress: bool,
-    iwae: bool,
-    temperature: float,
-) -> None:
-    packed, transport = parameters[0], guide._modules["transport"]
-    points = _BasePoints(num_particles, density.dim, transport.loc)
-    (theta, affine, *others), rates, optimizer = _leaves(transport, packed, lr, parameters[1:])
-    leaves = [theta, affine, *others]
-    clip = GradientClipper()
-    most = (50_000 - result.num_gradients) // num_particles if num_steps is None else num_steps
-    schedule = Schedule(
-        max(most, 1),
-        window=60 if num_steps is None and temperature == 1.0 and not density.stochastic else 0,
-    )
-    # The path gradient costs an inverse pass and pays near the optimum: from the start for the
-    # default flow, which is pre-fitted and cheap to invert, late for others, never where the
-    # inverse takes a pass for each latent.
-    num_anneal = 0 if temperature == 1.0 else most // 2
-    path_below = 0.0 if not transport.inverts_cheaply else 0.3 if guide._flow else math.inf
-    for step in range(most):
-        factor = schedule.factor(step)
-        if factor == 0.0:
-            break
-        z = points.draw()
-        vector = torch.cat([theta, affine])
+class _FlowFit:
+    """The training of an :class:`AutoFlow` on a density, and the guard around it."""
+
+    def __init__(
+        self, density: LatentDensity, guide: AutoFlow, options: Options, result: FitResult
+    ) -> None:
+        self.density, self.guide, self.options, self.result = density, guide, options, result
+        self.packed, self.transport = guide._parameters["packed"], guide._modules["transport"]
+        self.others = _model_parameters(density)
+        leaves = leaves_of(self.transport, self.packed, options.lr, self.others)
+        self.leaves, self.rates, self.optimizer = leaves
+        # The path gradient costs an inverse pass and pays near the optimum: from the start for
+        # the default flow, which is pre-fitted and cheap to invert, late for others, never where
+        # the inverse takes a pass for each latent.
+        cheap = self.transport.inverts_cheaply
+        self.path_below = 0.0 if not cheap else 0.3 if guide._flow else math.inf
+
+    def run(self) -> None:
+        """Train, then keep what is better: the end or the beginning."""
+        began = _State([self.packed, *self.others])
+        with torch.no_grad():
+            before = self.log_weights()
+        if not before.isfinite().any():
+            raise ValueError(
+                "fit_guide: no draw of the guide has a finite density under the model, so there "
+                "is no slope to follow: make the guide anew, or pre-fit it (prefit_first=True)"
+            )
+        try:
+            self.train()
+        except KeyboardInterrupt:
+            self.result.stopped = "interrupt"
+        with torch.no_grad():
+            after = self.log_weights()
+            if self.is_worse(after, before):
+                began.restore()
+                self.result.reverted, after = True, before
+        self.result.converged &= not self.result.reverted
+        self.result.diagnostics = summarize_weights(after)
+
+    def log_weights(self, num: int = 1024) -> Tensor:
+        """Log p - log q at fixed base points; -inf outside. Minibatches: eight fixed ones."""
+        transport = self.transport
+        z = normal_points(num, self.density.dim, like=transport.loc, seed=1)
+        v, log_det = transport.from_base(self.packed, z)
+        u = transport.loc + transport.spread(v)
+        if self.density.stochastic:
+            parts = [self.density.frozen(k)(part) for k, part in enumerate(u.chunk(8))]
+            log_p = torch.cat(parts)
+        else:
+            log_p = self.density(u)
+        log_q = standard_normal(z) - log_det - transport.log_det_scale
+        return torch.where(log_p.isfinite(), log_p, -math.inf) - log_q
+
+    def is_worse(self, after: Tensor, before: Tensor) -> bool:
+        """Whether the bound fell by more than its error: three of them, half a nat at most.
+
+        The error is that of differences at the same base points. The bound of many particles may
+        cost half a nat of the ELBO.
+        """
+        gain = (after - before)[after.isfinite() & before.isfinite()].double()
+        error = (gain.std() / len(gain) ** 0.5).item() if len(gain) > 1 else 0.0
+        margin = min(max(3 * error, 0.01), 0.5)
+        new, old = summarize_weights(after).elbo, summarize_weights(before).elbo
+        return not new > old - (0.5 if self.options.iwae else margin)
+
+    def train(self) -> None:
+        """Follow the gradient for as long as the schedule says."""
+        options, result = self.options, self.result
+        points = BasePoints(options.num_particles, self.density.dim, self.transport.loc)
+        allowed = (options.max_gradients - result.num_gradients) // options.num_particles
+        most = max(1, allowed if options.num_steps is None else min(options.num_steps, allowed))
+        levels_off = (
+            options.num_steps is None
+            and options.temperature == 1.0
+            and not self.density.stochastic
+        )
+        schedule, clip = Schedule(most, window=60 if levels_off else 0), GradientClipper()
+        num_anneal = 0 if options.temperature == 1.0 else most // 2
+        for step in _steps(most, schedule, options, result):
+            factor = schedule.factor(step)
+            if factor == 0.0 and step:
+                break
+            heat = options.temperature ** (1 - step / num_anneal) if step < num_anneal else 1.0
+            self.optimizer.zero_grad()
+            usable = self.gradient(points.draw(), factor, heat)
+            schedule.see(result.losses)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            if usable and clip(self.leaves):
+                self.optimizer.step()
+                with torch.no_grad():
+                    torch.cat(self.leaves[:2], out=self.packed)
+        result.converged = schedule.converged
+        result.num_gradients += len(result.losses) * options.num_particles
+
+    def gradient(self, z: Tensor, factor: float, heat: float) -> bool:
+        """Put the gradient at base points ``z`` into the leaves; whether there is one."""
+        transport, iwae, num = self.transport, self.options.iwae, len(z)
+        vector = torch.cat(self.leaves[:2])
         v, log_det = transport.from_base(vector, z)
         v_leaf = v.detach().requires_grad_()
-        along_path = factor < path_below or (iwae and path_below > 0)
-        log_p = density(transport.loc + transport.spread(v_leaf))
-        if step < num_anneal:
-            log_p = log_p / temperature ** (1 - step / num_anneal)
-        log_q = _standard_normal(z) - log_det.detach()
+        along_path = factor < self.path_below or (iwae and self.path_below > 0)
+        log_p = self.density(transport.loc + transport.spread(v_leaf)) / heat
+        log_q = standard_normal(z) - log_det.detach()
         lw = log_p.detach() - log_q
-        ok = lw.isfinite()
+        inside = lw.isfinite()
+        ok = inside
         if along_path:
             z_back, log_det_back = transport.to_base(vector.detach(), v_leaf)
-            log_q = _standard_normal(z_back) + log_det_back
+            log_q = standard_normal(z_back) + log_det_back
             # where rounding spoils the inverse, the gradient is not to be trusted
             ok = ok & ((log_det_back + log_det).abs() < 0.1)
         share = _shares(lw.where(ok, -math.inf), iwae, along_path)
-        optimizer.zero_grad()
         (log_p - log_q).backward(share.where(ok, 0.0))
         ok = ok & v_leaf.grad.isfinite().all(-1)
-        count = int(ok.sum())
-        result.num_dropped += num_particles - count
-        bound = lw[ok].logsumexp(0) - math.log(num_particles) if iwae else lw[ok].mean()
-        result.losses.append(-(bound + transport.log_det_scale).item() if count else math.nan)
-        if count:
-            kept = 1.0 if iwae else num_particles / count
-            pull = torch.where(ok[:, None], -kept * v_leaf.grad, 0.0)
-            if along_path:
-                v.backward(pull)
-            else:
-                entropy = -kept * share.where(ok, 0.0)
-                torch.autograd.backward([v, log_det], [pull, entropy])
-            for p in others:
-                if p.grad is not None:
-                    p.grad.neg_()
-        schedule.see(result.losses)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        if count and clip(leaves):
-            optimizer.step()
-            with torch.no_grad():
-                torch.cat([theta, affine], out=packed)
-        _report(step, result.losses, progress)
-    result.converged = schedule.converged
-    result.num_gradients += len(result.losses) * num_particles
+        count, num_inside = int(ok.sum()), int(inside.sum())
+        self.result.num_dropped += num - count
+        bound = lw[inside].logsumexp(0) - math.log(num)
+        if not iwae and num_inside:
+            bound = lw[inside].mean() + math.log(num_inside / num)
+        loss = -(bound + transport.log_det_scale).item() if num_inside else math.nan
+        self.result.losses.append(loss)
+        if not count:
+            return False
+        kept = 1.0 if iwae else num / count
+        pull = torch.where(ok[:, None], -kept * v_leaf.grad, 0.0)
+        if along_path:
+            v.backward(pull)
+        else:
+            entropy = -kept * share.where(ok, 0.0)
+            torch.autograd.backward([v, log_det], [pull, entropy])
+        if num_inside < num:
+            self.drive_inside(v_leaf.detach()[~inside], num_inside)
+        if self.others:
+            self.of_the_model(v_leaf.detach(), ok, share * kept / heat)
+        return True
+
+    def drive_inside(self, outside: Tensor, num_inside: int) -> None:
+        r"""Add the gradient of :math:`-\log q(\text{inside})`, which the points outside tell.
+
+        .. math:: \nabla \log q(\text{inside})
+            = -\tfrac{q(\text{outside})}{q(\text{inside})} E_q[\nabla\log q \mid \text{outside}]
+        """
+        z, log_det = self.transport.to_base(torch.cat(self.leaves[:2]), outside)
+        log_q = standard_normal(z) + log_det
+        log_q = log_q[log_q.detach().isfinite()]
+        if len(log_q):
+            (log_q.sum() / num_inside).backward()
+
+    def of_the_model(self, v: Tensor, ok: Tensor, share: Tensor) -> None:
+        """Turn the gradients of the model's parameters, without particles that spoil them."""
+        if not bool(ok.all()):
+            for p in self.others:
+                p.grad = None
+            log_p = self.density(self.transport.loc + self.transport.spread(v[ok]))
+            if log_p.requires_grad:
+                log_p.backward(share[ok])
+        for p in self.others:
+            if p.grad is not None:
+                p.grad.neg_()
 
 
-def fit_guide_to_draws(
-    guide: AutoFlow,
-    draws: Mapping[str, Tensor] | Tensor,
-    *args: Any,
-    weights: Tensor | None = None,
-    num_steps: int = 1000,
-    batch_size: int = 512,
-    lr: float = 0.01,
-    held_out: float = 0.1,
-    seed: int | None = None,
-    **kwargs: Any,
-) -> FitResult:
-    r"""Fit a guide to given draws by the forward divergence.
+def _train_any(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    options: Options,
+    result: FitResult,
+) -> None:
+    """Fit a guide that is no :class:`AutoFlow` through Pyro's messages; see :func:`fit_guide`."""
+    elbo = PathGradientELBO(options.num_particles, iwae=options.iwae)
+    clip = GradientClipper()
+    allowed = options.max_gradients // options.num_particles
+    most = max(1, min(options.num_steps or 1000, allowed))
+    schedule = Schedule(most, window=0)
+    num_anneal = 0 if options.temperature == 1.0 else most // 2
 
-    .. math:: \max_\theta \sum_n w_n \log q_\theta(z_n)
+    def judge() -> float:
+        """Loss at fixed random numbers, to compare states by."""
+        judged = PathGradientELBO(options.num_particles, iwae=options.iwae)
+        losses = []
+        for k in range(8):
+            with seeded(k):
+                losses.append(judged.loss(model, guide, *args, **kwargs))
+        return sum(losses) / len(losses)
 
-    Unlike the ELBO it covers every mode that has draws. The flow starts from their mean and
-    covariance, and the state that is best on held-out draws is kept. The model is run only to
-    learn its shapes. Cost: one inverse pass of the flow per step.
-
-    Args:
-        guide: The guide.
-        draws: Constrained values ``(N, *site)`` for each site, or unconstrained vectors ``(N,
-            D)``.
-        *args: Arguments of the model.
-        weights: Weight of each draw, shape ``(N,)``; equal if None.
-        num_steps: Steps.
-        batch_size: Draws per step.
-        lr: Largest learning rate of Adam.
-        held_out: Fraction of the draws kept for choosing the state; 0 for none.
-        seed: Seed of the batches; the global state is then given back untouched.
-        **kwargs: Keyword arguments of the model.
-
-    Returns:
-        Losses: mean negative log-density of the unconstrained draws, in nats.
-
-    Raises:
-        ValueError: If there are fewer draws than latents, or some are not finite.
-    """
-    result, begun = FitResult(), time.process_time()
-    with _seeded(seed):
-        guide.setup(*args, **kwargs)
-        transport, packed = guide._modules["transport"], guide._parameters["packed"]
-        u = (
-            draws
-            if isinstance(draws, Tensor)
-            else guide.density(*args, **kwargs).unconstrain(draws)
-        )
-        u = u.detach().to(transport.loc).reshape(-1, guide.latent_dim)
-        if len(u) <= guide.latent_dim + 1 or not u.isfinite().all():
-            raise ValueError(
-                f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; "
-                f"got {len(u)}"
+    with poutine.trace(param_only=True) as seen:
+        before = judge()
+    parameters = _leaves(seen.trace)
+    optimizer = torch.optim.Adam(parameters.values(), lr=options.lr, betas=(0.9, 0.99), fused=True)
+    began = _State(list(parameters.values()))
+    try:
+        for step in _steps(most, schedule, options, result):
+            elbo.temperature = (
+                options.temperature ** (1 - step / num_anneal) if step < num_anneal else 1.0
             )
-        w = torch.ones(len(u)) if weights is None else weights.detach().reshape(-1)
-        w = w.to(u) / w.sum().to(u)
-        mean = w @ u
-        centred = (u - mean).double()
-        cov = centred.T @ (w.double()[:, None] * centred)
-        factor = torch.linalg.cholesky(
-            cov + 1e-12 * cov.diagonal().mean() * torch.eye(len(mean)).to(cov)
-        )
-        result.prefit = Gaussian(mean.double(), factor, method="moments of the draws")
-        guide.place(result.prefit)
-        v = (
-            torch.linalg.solve_triangular(factor.to(u), (u - mean).T, upper=False).T
-            if transport.full_rank
-            else (u - mean) / transport.scale
-        )
-        constant = transport.log_det_scale
-
-        def loss_of(vector: Tensor, index: Tensor) -> Tensor:
-            z, log_det = transport.to_base(vector, v[index])
-            return -(w[index] * (_standard_normal(z) + log_det - constant)).sum() / w[index].sum()
-
-        order = torch.randperm(len(u), device=u.device)
-        kept = int(held_out * len(u))
-        valid, train = order[:kept], order[kept:]
-        leaves, rates, optimizer = _leaves(transport, packed, lr)
-        schedule, clip = Schedule(num_steps, window=0), GradientClipper()
-        best, best_loss = packed.detach().clone(), math.inf
-        for step in range(num_steps):
-            index = train[
-                torch.randint(len(train), (min(batch_size, len(train)),), device=u.device)
-            ]
-            loss = loss_of(torch.cat(leaves), index)
-            optimizer.zero_grad()
-            loss.backward()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule.factor(step)
-            if clip(leaves):
+            loss = elbo.loss_and_grads(model, guide, *args, **kwargs)
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * schedule.factor(step)
+            if clip(list(parameters.values())):
                 optimizer.step()
-                with torch.no_grad():
-                    torch.cat(leaves, out=packed)
-            result.losses.append(loss.item())
-            if kept and (step % 50 == 49 or step == num_steps - 1):
-                with torch.no_grad():
-                    now = loss_of(packed, valid).item()
-                if now < best_loss:
-                    best, best_loss = packed.detach().clone(), now
-        if kept:
-            with torch.no_grad():
-                packed.copy_(best)
-    result.cpu_seconds = time.process_time() - begun
-    return result
+            optimizer.zero_grad()
+            result.losses.append(loss)
+    except KeyboardInterrupt:
+        result.stopped = "interrupt"
+    result.num_gradients += len(result.losses) * options.num_particles
+    if not judge() <= before + 0.5:
+        began.restore()
+        result.reverted = True
+
+
+def _leaves(trace: poutine.Trace) -> dict[str, Tensor]:
+    """Unconstrained leaves of the parameters of a trace."""
+    return {
+        name: site["value"].unconstrained()
+        for name, site in trace.nodes.items()
+        if site["type"] == "param"
+    }

@@ -205,6 +205,15 @@ class LatentDensity:
         with torch.no_grad(), poutine.block():
             return poutine.trace(init(model)).get_trace(*self.args, **self.kwargs)
 
+    def start(self, init_loc_fn: Callable) -> Tensor:
+        """Flat vector ``(D,)`` of other initial values, such as ``init_to_sample``'s."""
+        init = InitMessenger(functools.partial(init_where_possible, init_loc_fn))
+        sites = self._prototype(init, self.model).nodes
+        values = [
+            biject_to(sites[s.name]["fn"].support).inv(sites[s.name]["value"]) for s in self.sites
+        ]
+        return torch.cat([v.reshape(-1) for v in values]).to(self.init_loc)
+
     # -------------------------------------------------------------------------- one run
 
     def evaluate(self, u: Tensor) -> Evaluation:

@@ -8,8 +8,10 @@ from the best of those.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,13 @@ __all__ = ["Gaussian", "batch_and_match", "laplace", "prefit"]
 
 
 def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
-    """Standard normal points ``(num, dim)`` from a scrambled Sobol sequence; no random state."""
+    """Standard normal points ``(num, dim)`` from a scrambled Sobol sequence; no random state.
+
+    Beyond the 21,201 dimensions of the sequence they are pseudo-random.
+    """
+    if dim > torch.quasirandom.SobolEngine.MAXDIM:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(num, dim, generator=generator, dtype=torch.float64).to(like)
     uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(
         num, dtype=torch.float64
     )
@@ -26,7 +34,7 @@ def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
     return torch.special.ndtri(uniform.clamp(eps, 1 - eps)).to(like)
 
 
-@dataclass
+@dataclass(repr=False)
 class Gaussian:
     """N(loc, scale_tril scale_tril^T) and its ELBO; ``(D,)`` and ``(D, D)``, or twice ``(D,)``."""
 
@@ -36,23 +44,61 @@ class Gaussian:
     method: str = ""
 
     def rate(self, log_density: Callable[[Tensor], Tensor], num: int = 256) -> Gaussian:
-        """Set ``elbo``, from ``num`` quasi-random points; -inf if any density is not finite."""
+        r"""Set ``elbo``, from ``num`` quasi-random points.
+
+        It is that of the Gaussian without the points of no finite density,
+        :math:`E_q[\log p - \log q \mid \text{finite}] + \log q(\text{finite})`: a bound too, and
+        leaving the support costs. -inf if no point is finite.
+        """
         z, scale = normal_points(num, len(self.loc), like=self.loc), self.scale_tril
         diagonal = scale.dim() == 1
         log_det = (scale if diagonal else scale.diagonal()).log().sum()
         entropy = log_det + 0.5 * len(self.loc) * math.log(2 * math.pi * math.e)
         u = self.loc + (z * scale if diagonal else z @ scale.T)
-        elbo = (log_density(u).mean() + entropy).item()
-        self.elbo = elbo if math.isfinite(elbo) else -math.inf
+        log_p = log_density(u)
+        fine = log_p.isfinite()
+        log_q = -0.5 * z.square().sum(-1) - log_det - 0.5 * len(self.loc) * math.log(2 * math.pi)
+        if fine.all():
+            self.elbo = (log_p.mean() + entropy).item()
+        elif fine.any():
+            self.elbo = ((log_p - log_q)[fine].mean() + fine.double().mean().log()).item()
+        if not math.isfinite(self.elbo):
+            self.elbo = -math.inf
         return self
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"Gaussian({len(self.loc)} latents, ELBO {self.elbo:.3f}, {self.method or 'given'})"
 
 
 class Target:
-    """A log-density in float64 with its gradient, counting the points."""
+    """A log-density in float64 with its gradient, counting the points.
 
-    def __init__(self, log_density: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    Args:
+        log_density: Function ``(S, D) -> (S,)``.
+        dtype: Type in which it is evaluated.
+        max_gradients: Gradients after which it is ``spent``.
+        deadline: Time (:func:`time.monotonic`) after which it is.
+        batch_size: Points of one batch, at most.
+    """
+
+    def __init__(
+        self,
+        log_density: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        *,
+        max_gradients: float = math.inf,
+        deadline: float = math.inf,
+        batch_size: int | None = None,
+    ) -> None:
         self.log_density, self.dtype = log_density, dtype
+        self.max_gradients, self.deadline, self.batch_size = max_gradients, deadline, batch_size
         self.num_gradients = 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget is spent: every method then returns what it has."""
+        return self.num_gradients >= self.max_gradients or time.monotonic() >= self.deadline
 
     def __call__(self, u: Tensor) -> Tensor:
         with torch.no_grad():
@@ -61,11 +107,26 @@ class Target:
     def gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-densities ``(S,)`` and gradients ``(S, D)``."""
         self.num_gradients += len(u)
-        u = u.detach().to(self.dtype).requires_grad_()
-        with torch.enable_grad():
-            log_p = self.log_density(u)
-            (grad,) = torch.autograd.grad(log_p.sum(), u)
-        return log_p.detach().double(), grad.double()
+        values, grads = [], []
+        for part in u.detach().to(self.dtype).split(self.batch_size or len(u)):
+            part = part.requires_grad_()
+            with torch.enable_grad():
+                log_p = self.log_density(part)
+                (grad,) = torch.autograd.grad(log_p.sum(), part)
+            values.append(log_p.detach())
+            grads.append(grad)
+        return torch.cat(values).double(), torch.cat(grads).double()
+
+    def hessian(self, u: Tensor) -> Tensor:
+        """Hessian ``(D, D)`` at ``u``, ``(D,)``, by autograd, a part of its rows at a time."""
+        D, rows = len(u), []
+        for part in torch.eye(D).to(u).to(self.dtype).split(self.batch_size or D):
+            at = u.to(self.dtype).expand(len(part), D).clone().requires_grad_()
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(self.log_density(at).sum(), at, create_graph=True)
+                (hessian,) = torch.autograd.grad((grad * part).sum(), at)
+            rows.append(hessian)
+        return torch.cat(rows)
 
 
 def batch_and_match(
@@ -102,6 +163,8 @@ def batch_and_match(
     mu, L = start.loc.double(), start.scale_tril.double()
     D = len(mu)
     for t in range(num_steps):
+        if target.spent:
+            break
         z = mu + normal_points(batch_size, D, like=mu, seed=t) @ L.T
         log_p, g = target.gradient(z)
         ok = log_p.isfinite() & g.isfinite().all(-1)
@@ -122,8 +185,11 @@ def batch_and_match(
             + rate * torch.cov(white.T, correction=0).reshape(D, D)
             + shrink * torch.outer(w_bar, w_bar)
         )
-        root = torch.linalg.cholesky(V)
-        values, Q = torch.linalg.eigh(root.T @ U @ root)
+        try:
+            root = torch.linalg.cholesky(V)
+            values, Q = torch.linalg.eigh(root.T @ U @ root)
+        except torch.linalg.LinAlgError:  # scores beyond what doubles hold: keep what there is
+            break
         factor = (
             root @ Q * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt())).sqrt()
         )  # factor factor^T = Sigma'
@@ -151,7 +217,7 @@ def _bfgs(
     for _ in range(num_steps):
         step = (H @ g[..., None])[..., 0]
         slope = (step * g).sum(-1)
-        if not (slope > tol).any():
+        if target.spent or not (slope > tol).any():
             break
         size = torch.ones_like(slope)
         for _ in range(25):
@@ -197,12 +263,8 @@ def _curvature(target: Target, u: Tensor) -> Tensor:
     """
     D = len(u)
     target.num_gradients += 2 * D
-    rows = u.to(target.dtype).expand(D, D).clone().requires_grad_()
-    eye = torch.eye(D).to(rows)
     try:
-        with torch.enable_grad():
-            (grad,) = torch.autograd.grad(target.log_density(rows).sum(), rows, create_graph=True)
-            (hessian,) = torch.autograd.grad((grad * eye).sum(), rows)
+        hessian = target.hessian(u)
     except RuntimeError:
         step = (1e-2 if target.dtype == torch.float32 else 1e-4) * (1 + u.abs()).diag()
         _, grads = target.gradient(torch.cat([u + step, u - step]))
@@ -225,7 +287,7 @@ def _newton(
     sizes = torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01, 1e-3, 0.0]).to(u)
     curvature = _curvature(target, u)
     for _ in range(num_steps):
-        if not curvature.isfinite().all():
+        if target.spent or not curvature.isfinite().all():
             break
         _, g = target.gradient(u[None])
         d, values, Q = _eigh_scaled(curvature)
@@ -260,6 +322,8 @@ def _diagonal_match(
     mu, scale = start.loc, start.scale_tril
     D = len(mu)
     for t in range(num_steps):
+        if target.spent:
+            break
         white = normal_points(batch_size, D, like=mu, seed=t)
         log_p, g = target.gradient(mu + scale * white)
         ok = log_p.isfinite() & g.isfinite().all(-1)
@@ -283,9 +347,15 @@ def _diagonal_match(
 def _climb(target: Target, start: Tensor, num_steps: int = 100) -> Tensor:
     """A mode by L-BFGS, for many latents."""
     u = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([u], max_iter=num_steps, line_search_fn="strong_wolfe")
+    left = max(1, int(min(10 * num_steps, target.max_gradients - target.num_gradients)))
+    optimizer = torch.optim.LBFGS(
+        [u], max_iter=num_steps, max_eval=left, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
+        if time.monotonic() >= target.deadline:  # no slope: nowhere to go
+            u.grad = torch.zeros_like(u)
+            return torch.zeros((), dtype=u.dtype, device=u.device)
         log_p, g = target.gradient(u[None])
         u.grad = -g[0].nan_to_num(0.0)
         return -log_p[0].nan_to_num(-math.inf)
@@ -303,6 +373,39 @@ def _near(u: Tensor, gaussian: Gaussian) -> bool:
     )
 
 
+class _Candidates:
+    """Gaussians rated one after the other; one that fails is noted, and the next is tried."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.found: list[Gaussian] = []
+        self.failures: list[Exception] = []
+
+    def consider(
+        self, make: Callable[..., Gaussian], *args: Any, **kwargs: Any
+    ) -> Gaussian | None:
+        """Make a Gaussian and rate it; None if it fails, or there is no budget left to try."""
+        if self.target.spent and self.found:
+            return None
+        try:
+            candidate = make(*args, **kwargs)
+            if not (candidate.loc.isfinite().all() and candidate.scale_tril.isfinite().all()):
+                return None
+            self.found.append(candidate.rate(self.target))
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            self.failures.append(error)
+            return None
+        return candidate
+
+    def best(self) -> Gaussian:
+        """The one of best ELBO."""
+        if not self.found:
+            raise RuntimeError(
+                "prefit: the log-density could not be evaluated at any start"
+            ) from self.failures[0]
+        return max(self.found, key=lambda c: c.elbo)
+
+
 def prefit(
     log_density: Callable[[Tensor], Tensor],
     init_loc: Tensor,
@@ -312,8 +415,13 @@ def prefit(
     num_modes: int = 2,
     num_steps: int = 60,
     batch_size: int = 32,
+    max_gradients: float = 10_000,
+    max_time: float | None = None,
 ) -> tuple[Gaussian, list[Gaussian], int]:
     """The Gaussian of best ELBO among the candidates.
+
+    A candidate that fails does not stop the others. Cost: two to five thousand gradients for up to
+    ten latents.
 
     Args:
         log_density: Function ``(S, D) -> (S,)``.
@@ -323,35 +431,66 @@ def prefit(
         num_modes: Distinct modes to consider.
         num_steps: Largest number of batch-and-match steps, each time it runs.
         batch_size: Points per batch-and-match step.
+        max_gradients: Gradients after which no further step is begun; up to one step more is used.
+        max_time: Seconds after which none is.
 
     Returns:
         The best candidate in float64, all candidates, and the number of gradients used.
     """
-    target = Target(log_density, init_loc.dtype)
-    loc = init_loc.detach().double()
-    D = len(loc)
-    if not full_rank:
+    target = Target(
+        log_density,
+        init_loc.dtype,
+        max_gradients=max_gradients,
+        deadline=math.inf if max_time is None else time.monotonic() + max_time,
+        batch_size=getattr(log_density, "batch_size", None),
+    )
+    loc, candidates = init_loc.detach().double(), _Candidates(target)
+    fit: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size}
+    if full_rank:
+        start = Gaussian(loc, torch.eye(len(loc)).to(loc), method="initial point")
+        candidates.consider(lambda: start)
+        candidates.consider(batch_and_match, target, start, **fit)
+        modes = _modes(target, loc, num_starts, candidates)
+        _around_modes(candidates, modes, num_modes, fit)
+    else:
         start = Gaussian(loc, torch.ones_like(loc), method="initial point")
-        mode = Gaussian(_climb(target, loc), torch.ones_like(loc))
-        fit = {"num_steps": num_steps, "batch_size": batch_size}
-        candidates = [start] + [_diagonal_match(target, g, **fit) for g in (start, mode)]
-        candidates = [c.rate(target) for c in candidates]
-        return max(candidates, key=lambda c: c.elbo), candidates, target.num_gradients
-    start = Gaussian(loc, torch.eye(D).to(loc), method="initial point")
-    candidates = [start.rate(target)]
+        candidates.consider(lambda: start)
+        candidates.consider(_diagonal_match, target, start, **fit)
+        candidates.consider(
+            lambda: _diagonal_match(
+                target, Gaussian(_climb(target, loc), torch.ones_like(loc)), **fit
+            )
+        )
+    return candidates.best(), candidates.found, target.num_gradients
 
-    def consider(candidate: Gaussian) -> Gaussian:
-        candidates.append(candidate.rate(target))
-        return candidate
 
-    consider(batch_and_match(target, start, num_steps=num_steps, batch_size=batch_size))
-    spread = 2 * torch.tanh(normal_points(num_starts, D, like=loc, seed=1))
-    modes, log_p = _bfgs(target, loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]]))
-    laplaces: list[Gaussian] = []
-    for i in log_p.nan_to_num(-math.inf).argsort(descending=True):
-        if len(laplaces) < num_modes and not any(_near(modes[i], g) for g in laplaces):
-            laplaces.append(consider(laplace(target, modes[i])))
-    for candidate in sorted(laplaces, key=lambda c: -c.elbo)[:1]:
-        consider(batch_and_match(target, candidate, num_steps=num_steps, batch_size=batch_size))
-        candidates[-1].method = "batch-and-match from Laplace"
-    return max(candidates, key=lambda c: c.elbo), candidates, target.num_gradients
+def _modes(
+    target: Target, loc: Tensor, num_starts: int, candidates: _Candidates
+) -> Iterable[Tensor]:
+    """Points that BFGS climbs to from ``loc`` and from around it, the highest first."""
+    spread = 2 * torch.tanh(normal_points(num_starts, len(loc), like=loc, seed=1))
+    starts = loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]])
+    if target.spent:
+        return []
+    try:
+        modes, log_p = _bfgs(target, starts)
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        candidates.failures.append(error)
+        return []
+    order = log_p.nan_to_num(-math.inf, posinf=-math.inf).argsort(descending=True)
+    return [modes[i] for i in order if modes[i].isfinite().all()]
+
+
+def _around_modes(
+    candidates: _Candidates, modes: Iterable[Tensor], num_modes: int, fit: dict[str, Any]
+) -> None:
+    """Laplace's approximation at distinct modes, and matched scores from the best of them."""
+    target, laplaces = candidates.target, list[Gaussian]()
+    for mode in modes:
+        if len(laplaces) < num_modes and not any(_near(mode, g) for g in laplaces):
+            found = candidates.consider(laplace, target, mode)
+            laplaces += [found] if found else []
+    for best in sorted(laplaces, key=lambda c: -c.elbo)[:1]:
+        matched = candidates.consider(batch_and_match, target, best, **fit)
+        if matched:
+            matched.method = "batch-and-match from Laplace"

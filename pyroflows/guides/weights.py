@@ -75,7 +75,9 @@ class WeightSummary:
     """What the log-weights log p - log q at draws from a guide say about it.
 
     Attributes:
-        elbo: Their mean, in nats; a lower bound of the log-evidence.
+        elbo: Their mean, in nats; a lower bound of the log-evidence. With weights of zero it is
+            that of the guide without such draws, the mean of the others plus the logarithm of
+            their share: a lower bound too.
         elbo_error: Its standard error.
         log_evidence: The importance-sampling estimate of the log-evidence.
         effective_sample_size: As a fraction of the draws; 1 is exact.
@@ -106,7 +108,7 @@ def summarize_weights(log_weights: Tensor) -> WeightSummary:
         )
     low, high = torch.quantile(finite, torch.tensor([0.16, 0.84]).to(finite)).tolist()
     return WeightSummary(
-        elbo=finite.mean().item(),
+        elbo=finite.mean().item() + math.log(len(finite) / len(lw)),
         elbo_error=(finite.std() / len(finite) ** 0.5).item(),
         log_evidence=(torch.logsumexp(finite, 0) - math.log(len(lw))).item(),
         effective_sample_size=(
