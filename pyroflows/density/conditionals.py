@@ -20,6 +20,8 @@ from pyroflows.density.network import logistic_log_cell
 
 __all__ = ["Conditional", "Labels", "Numbers"]
 
+BLOCK = 2**22  # numbers at once
+
 
 @dataclasses.dataclass
 class Conditional(abc.ABC):
@@ -144,6 +146,10 @@ class Numbers(Conditional):
         """P(X <= x); without ``atoms``, their jumps are left out."""
         c = self.cells
         z = x.reshape(_table(x))
+        width = z.shape[1] * (self.loc.shape[1] + self.mean.shape[1] + 1)
+        if len(x) * width > BLOCK and len(x) > 1:
+            parts = torch.arange(len(x)).split(max(1, BLOCK // width))
+            return torch.cat([self[rows].cdf(x[rows], atoms=atoms) for rows in parts])
         top = c.snap(z) + c.step / 2 if c.step > 0 else z
         flat = top.reshape(-1)
         cell, share = (part.view_as(z) for part in c.bin_share(flat))

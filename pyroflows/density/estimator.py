@@ -673,8 +673,8 @@ class DensityEstimator(Conventions):
             column = columns[model.order[model.num_given + t]]
             if t == exact:
                 law = next(law for i, _, law in model.walk(values) if i == model.num_given + t)
-                found = [law.quantile(torch.full((len(values),), p).double()) for p in levels]
-                found = [x.numpy() for x in found]
+                p = torch.as_tensor(levels).expand(len(values), -1)
+                found = list(law.quantile(p).numpy().T)
             else:
                 if filled is None:
                     filled = self._fill(values, draws, self._generator(random_state)).numpy()
@@ -684,8 +684,8 @@ class DensityEstimator(Conventions):
                         x, levels, axis=1, method="inverted_cdf" if column.step else "linear"
                     )
                 )
-            for p, x in zip(levels, found, strict=True):
-                out[column.name if np.ndim(q) == 0 else (column.name, float(p))] = _times(
+            for level, x in zip(levels, found, strict=True):
+                out[column.name if np.ndim(q) == 0 else (column.name, float(level))] = _times(
                     column, x
                 )
         frame = pd.DataFrame(out)

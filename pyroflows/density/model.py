@@ -365,10 +365,11 @@ class TableModel(nn.Module):
         rows = [m * self.sizes[kind] + i for m in range(self.members)]
         out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i).cpu()
         alpha, j, q = float(self.alpha[t]), self.num_given + t, self.mixture
-        heard = state is not None and q is not None and alpha > 0
+        q = q if alpha > 0 else None
         if isinstance(c, LabelCells):
-            return labels_of(c, out, q.labels(j, state) if heard else None, alpha)
-        simple = q.predict(j, state) if heard else None
+            known = q.labels(j, state) if q is not None and state is not None else None
+            return labels_of(c, out, known, alpha)
+        simple = q.predict(j, state) if q is not None and state is not None else None
         return numbers_of(c, out, self.bins[0], simple, alpha, atoms=atoms)
 
     def walk(self, values: Tensor) -> Iterator[tuple[int, Tensor, Labels | Numbers]]:

@@ -27,7 +27,7 @@ __all__ = ["Cloud", "Particles", "Uniforms", "averages", "cloud", "complete", "e
 
 LEAVES = 2048  # particles of a row up to which its gaps are enumerated
 LEVELS = torch.special.ndtr(torch.linspace(-5, 5, 97, dtype=torch.float64))  # of the first grid
-EXACT = 1e-3  # nats of error at which a grid is fine enough
+EXACT = 3e-4  # nats of error at which a grid is fine enough
 ROUNDS = 6  # grids tried
 NOISE = 0.03  # nats of error at which draws are enough
 BATCHES = 16  # independent batches of draws, at most
@@ -56,24 +56,24 @@ class Uniforms:
         seed: Any 63-bit integer.
         strata: If given, all rows share the numbers, and the first ``strata`` draws fall into as
             many equal parts of (0, 1), one in each; so for the next ones.
-        offset: Added to rows: the place of the first one in the table.
     """
 
-    def __init__(self, seed: int, *, strata: int = 0, offset: int = 0) -> None:
+    def __init__(self, seed: int, *, strata: int = 0) -> None:
         self.seed = _mix(torch.tensor(seed, dtype=torch.int64))
-        self.strata, self.offset = strata, offset
+        self.strata = strata
+        self.rows: Tensor | None = None
 
-    def at(self, offset: int) -> Uniforms:
-        """The same for rows whose first one stands there in the table."""
+    def at(self, rows: Tensor) -> Uniforms:
+        """The same for a part of the table, whose rows stand at these places."""
         out = copy.copy(self)
-        out.offset = self.offset + offset
+        out.rows = rows if self.rows is None else self.rows[rows]
         return out
 
     def __call__(self, row: Tensor, draw: Tensor, column: int, kind: int = 0) -> Tensor:
         """Numbers in (0, 1) for rows and draws, shape (P,); ``kind`` tells several apart."""
         key = _mix(self.seed + _wrapped((column * 8 + kind + 1) * GOLDEN))
         if not self.strata or not len(draw):
-            return self._hash(key, row + self.offset, draw)
+            return self._hash(key, row if self.rows is None else self.rows[row], draw)
         count = int(draw.max()) // self.strata + 1
         every = torch.arange(count * self.strata)
         place = self._hash(key, torch.zeros_like(every), every).view(count, -1)
@@ -219,6 +219,10 @@ class Cloud:
         """Rows whose observed cells are impossible, shape (N,)."""
         return self.evidence == -torch.inf
 
+    def forget(self) -> None:
+        """Drop the particles, where the evidence is all that is wanted."""
+        self._parts.clear()
+
     def close(self) -> Cloud:
         """Sort the particles by row."""
         parts = [torch.cat(x) for x in zip(*self._parts, strict=True)]
@@ -241,7 +245,8 @@ class _Grid:
 def gaps(model: TableModel, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which cells are to be filled in, shape (N, D) in model order.
 
-    Also the place of each row's last observed target, and which rows can be enumerated.
+    Also the place of each row's last observed target, -1 if no gap comes before it; and by how
+    many particles its gaps are enumerated, infinity if they cannot be.
     """
     missing = values[:, model.order].isnan()
     missing[:, : model.num_given] = False
@@ -253,7 +258,8 @@ def gaps(model: TableModel, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = [math.log(len(c.group) + 1) if c.is_label else math.log(120) for c in model.cells]
     leaves = (inner * torch.tensor(size, dtype=torch.float64)).sum(1)
     exact = ((inner & ~label).sum(1) <= 1) & (leaves <= math.log(LEAVES))
-    return missing, torch.where(inner.any(1), last, -1), exact
+    leaves = torch.where(exact, leaves.exp(), torch.inf)
+    return missing, torch.where(inner.any(1), last, -1), leaves
 
 
 def _enumerated(
@@ -462,11 +468,13 @@ def _systematic(share: Tensor, count: int, shift: Tensor) -> Tensor:
     return torch.searchsorted(cum, grid, right=True).clamp_max(share.shape[1] - 1)
 
 
-def _chunks(model: TableModel, rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Rows in parts whose particles fit into memory."""
+def _chunks(model: TableModel, rows: Tensor, size: float | Tensor) -> Iterator[Tensor]:
+    """Rows in parts whose particles, ``size`` of each row, fit into memory."""
     width = 1 if model.simple is None else model.simple.mean.numel()
     particles = max(512, min(32768, 2**25 // (width + model.slices[-1].stop)))
-    yield from rows.split(max(1, particles // size))
+    sizes = torch.as_tensor(size, dtype=torch.float64).expand(len(rows))
+    part = (sizes.cumsum(0) / particles).long()
+    yield from rows.split(torch.bincount(part)[part.unique()].tolist()) if len(rows) else ()
 
 
 def evidence(
@@ -481,14 +489,14 @@ def evidence(
     Returns:
         Which rows, shape (R,); their log-densities; their errors in nats.
     """
-    _, last, exact = gaps(model, values)
+    _, last, leaves = gaps(model, values)
     out = Cloud(len(values))
     rows = (last >= 0).nonzero()[:, 0]
-    for part in _chunks(model, rows[exact[rows]], LEAVES // 8):
-        if len(part):
-            _enumerate(out, model, values, part, False)
-            out._parts.clear()
-    hard = rows[~exact[rows]]
+    easy = rows[leaves[rows].isfinite()]
+    for part in _chunks(model, easy, leaves[easy]):
+        _enumerate(out, model, values, part, False)
+        out.forget()
+    hard = rows[leaves[rows].isinf()]
     sums: list[Tensor] = []
     uniforms = Uniforms(0, strata=draws)
     while len(hard) and len(sums) < BATCHES:
@@ -525,18 +533,17 @@ def cloud(
         uniforms: Random numbers.
         leave: Whether a missing cell may stay missing, as in the data.
     """
-    _, last, exact = gaps(model, values)
+    _, last, leaves = gaps(model, values)
     n = len(values)
     out = Cloud(n)
     plain = (last < 0).nonzero()[:, 0]
     if len(plain) or not n:
         p = Particles.start(model, values[plain])
         out.add(p, plain, torch.ones(len(plain), dtype=torch.bool), *_intervals(p, []))
-    rows = ((last >= 0) & exact).nonzero()[:, 0]
-    for part in _chunks(model, rows, LEAVES // 8):
-        if len(part):
-            _enumerate(out, model, values, part, leave)
-    hard = ((last >= 0) & ~exact).nonzero()[:, 0]
+    rows = ((last >= 0) & leaves.isfinite()).nonzero()[:, 0]
+    for part in _chunks(model, rows, leaves[rows]):
+        _enumerate(out, model, values, part, leave)
+    hard = ((last >= 0) & leaves.isinf()).nonzero()[:, 0]
     count = max(256, 4 * size)
     while len(hard):
         more = []
@@ -631,7 +638,7 @@ def complete(
     n, d = values.shape
     parts = []
     for rows in _chunks(model, torch.arange(n), max(count, 1)):
-        few, mine = values[rows], uniforms.at(int(rows[0]))
+        few, mine = values[rows], uniforms.at(rows)
         c = cloud(model, few, count, mine, leave=leave)
         _warn(c, count)
         *_, (*_, p) = _completed(model, c, len(few), count, mine, leave=leave, lattice=lattice)
@@ -649,40 +656,45 @@ def averages(model: TableModel, values: Tensor, count: int, uniforms: Uniforms) 
     else; labels from their average probabilities.
     """
     out = values.clone()
-    for rows in _chunks(model, torch.arange(len(values)), count):
-        few, mine = values[rows], uniforms.at(int(rows[0]))
-        n = len(few)
-        gap, last, _ = gaps(model, few)
-        c = cloud(model, few, count, mine)
-        _warn(c, 1)
-        result = few[:, model.order]
-        for i, cells in enumerate(model.cells):
-            at = gap[:, i] & (i < last)
-            if at.any():
-                result[:, i] = torch.where(at, _mean_of(c, i, cells, n), result[:, i])
-        alone = last < 0  # until a first gap has been drawn
-        for i, at, law, p in _completed(model, c, n, count, mine):
-            if i < 0:
-                break
-            todo = gap[:, i] & (i > last)
-            if not todo.any():
-                continue
-            place = todo.nonzero()[:, 0]
-            inner = torch.isin(at // count, place).nonzero()[:, 0]
-            if isinstance(law, Labels):
-                share = law[inner].log_table().exp().view(len(place), count, -1).mean(1)
-                result[place, i] = share.argmax(1).double()
-            else:
-                x = p.raw[at[inner], i].view(len(place), count).mean(1)
-                exact = alone[place]
-                if exact.any():
-                    x[exact] = law[inner.view(len(place), count)[exact, 0]].mean_value()
-                result[place, i] = x
-            alone = alone & ~todo
-        done = torch.empty_like(result)
-        done[:, model.order] = result
-        out[rows] = torch.where(c.dead[:, None], few, done)
+    gap, last, _ = gaps(model, values)
+    alone = (gap.sum(1) == 1) & (last < 0)
+    for kind, size in ((alone, 1), (~alone, count)):
+        rows = kind.nonzero()[:, 0]
+        for part in _chunks(model, rows, size):
+            out[part] = _averages(model, values[part], size, uniforms.at(part))
     return out
+
+
+def _averages(model: TableModel, values: Tensor, count: int, uniforms: Uniforms) -> Tensor:
+    """:func:`averages` of a few rows."""
+    n = len(values)
+    gap, last, _ = gaps(model, values)
+    c = cloud(model, values, count, uniforms)
+    _warn(c, 1)
+    result = values[:, model.order]
+    for i, cells in enumerate(model.cells):
+        at = gap[:, i] & (i < last)
+        if at.any():
+            result[:, i] = torch.where(at, _mean_of(c, i, cells, n), result[:, i])
+    alone = last < 0  # until a first gap has been drawn
+    for i, at, law, p in _completed(model, c, n, count, uniforms):
+        rows = (gap[:, i] & (i > last)).nonzero()[:, 0] if i >= 0 else at
+        if not len(rows):
+            continue
+        inner = torch.isin(at // count, rows).nonzero()[:, 0]
+        if isinstance(law, Labels):
+            share = law[inner].log_table().exp().view(len(rows), count, -1).mean(1)
+            result[rows, i] = share.argmax(1).double()
+        else:
+            x = p.raw[at[inner], i].view(len(rows), count).mean(1)
+            exact = alone[rows]
+            if exact.any():
+                x[exact] = law[inner.view(len(rows), count)[exact, 0]].mean_value()
+            result[rows, i] = x
+        alone[rows] = False
+    out = torch.empty_like(result)
+    out[:, model.order] = result
+    return torch.where(c.dead[:, None], values, out)
 
 
 def _mean_of(c: Cloud, i: int, cells: Any, n: int) -> Tensor:
