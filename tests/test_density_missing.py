@@ -250,7 +250,9 @@ def test_uniform_numbers_belong_to_their_place():
         Uniforms(4)(row, draw, 2),
     ):
         assert abs(np.corrcoef(every, other)[0, 1]) < 4 / np.sqrt(len(every))
-    torch.testing.assert_close(u.at(torch.arange(100, 400))(row[:50], draw[:50], 2), every[100 * 50 : 101 * 50])
+    torch.testing.assert_close(
+        u.at(torch.arange(100, 400))(row[:50], draw[:50], 2), every[100 * 50 : 101 * 50]
+    )
     strata = Uniforms(3, strata=64)(torch.zeros(128).long(), torch.arange(128), 0)
     for part in strata.split(64):
         assert (part * 64).long().sort().values.tolist() == list(range(64))
