@@ -5,6 +5,7 @@ Exactness against independent oracles, conventions, and behaviour on awkward tab
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -304,7 +305,9 @@ AWKWARD = {
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_tables_give_finite_densities_and_samples(name):
     frame = AWKWARD[name]
-    model = DensityEstimator(max_steps=20, members=2, random_state=0).fit(frame)
+    model = DensityEstimator(max_steps=20, members=2, random_state=0)
+    with pytest.warns(match="keys or names") if name == "many labels" else nullcontext():
+        model.fit(frame)
     score = model.score_samples(frame)
     assert np.isfinite(score).all()
     drawn = model.sample(50)

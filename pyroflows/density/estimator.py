@@ -29,6 +29,8 @@ from pyroflows.density.training import (
     train,
 )
 from pyroflows.tables import Schema, as_frame
+from pyroflows.tables.inputs import check_half_known, fill_gaps, possible
+from pyroflows.tables.schema import ignored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,8 +57,11 @@ class DensityEstimator(Conventions):
     Args:
         target: Columns to model; None for all that are not given.
         given: Columns to condition on; None for none, or for all others where ``target`` is set.
-        schema: Changes to what the columns are taken for, e.g. ``{"price": {"step": None}}``; see
-            :class:`pyroflows.tables.Column`.
+        schema: Changes to what the columns are taken for, e.g. ``{"price": {"step": None}, "zip":
+            {"kind": "categorical"}, "id": {"kind": "key"}, "note": {"kind": "ignore"}}``; see
+            :class:`pyroflows.tables.Column`. Keys are drawn afresh; what is ignored is left out.
+        constraints: What holds between columns of every row, e.g. ``["start < end", "a + b ==
+            c"]``; see :mod:`pyroflows.tables.constraints`.
         missing: ``"ignore"``: missing cells are integrated out; ``"model"``: which cells are
             missing is part of the row, in scores and samples.
         max_time: Seconds of processor time for training, at most.
@@ -91,6 +96,7 @@ class DensityEstimator(Conventions):
         target: Sequence[Any] | None = None,
         given: Sequence[Any] | None = None,
         schema: Mapping[Any, Mapping[str, Any]] | None = None,
+        constraints: Sequence[Any] | None = None,
         missing: str = "ignore",
         max_time: float = 90.0,
         max_steps: int | None = None,
@@ -106,6 +112,7 @@ class DensityEstimator(Conventions):
         self.target = target
         self.given = given
         self.schema = schema
+        self.constraints = constraints
         self.missing = missing
         self.max_time = max_time
         self.max_steps = max_steps
@@ -143,7 +150,7 @@ class DensityEstimator(Conventions):
         frame = as_frame(x, self.schema_.names)
         names = [c.name for c in self.schema_]
         # the rest of a table is not our concern
-        if named and (self.target is not None or self.given is not None):
+        if named and (self.target is not None or self.given is not None or ignored(self.schema)):
             keep = [c for c in names if c in frame.columns]
             frame = frame[keep] if partial or len(keep) == len(names) else frame
         if not named and frame.shape[1] != len(names):
@@ -228,11 +235,8 @@ class DensityEstimator(Conventions):
         self._forget()
         if hasattr(X, "columns") and all(isinstance(c, str) for c in frame.columns):
             self.feature_names_in_ = np.array(frame.columns, dtype=object)
-        self.n_features_in_ = frame.shape[1]
-        targets, given = self._roles(list(frame.columns))
-        used = [c for c in frame.columns if c in {*targets, *given}]
-        self.schema_ = Schema.from_frame(frame[used], self.schema)
-        self.n_features_in_ = len(used) if len(used) < frame.shape[1] else frame.shape[1]
+        used, given = self._read_schema(frame)
+        self.n_features_in_ = len(used)
         if hasattr(self, "feature_names_in_"):
             self.feature_names_in_ = np.array(used, dtype=object)
         values = torch.from_numpy(self.schema_.encode(frame[used]))
@@ -263,11 +267,9 @@ class DensityEstimator(Conventions):
             return self.fit(file.read())
         rng = np.random.default_rng(self._seed())
         frame = file.sample(sample_rows, rng)
-        targets, given = self._roles(list(frame.columns))
-        used = [c for c in frame.columns if c in {*targets, *given}]
-        file.columns, frame = used, frame[used]
         self._forget()
-        self.schema_ = Schema.from_frame(frame, self.schema)
+        used, given = self._read_schema(frame)
+        file.columns, frame = used, frame[used]
         self.n_features_in_, self.feature_names_in_ = len(used), np.array(used, dtype=object)
         values = torch.from_numpy(self.schema_.encode(frame))
         rank, world = _rank()
@@ -278,6 +280,25 @@ class DensityEstimator(Conventions):
             shards=shards_of(file, self.schema_, np.random.default_rng(self._seed()), rank, world),
             total=total,
         )
+
+    def _read_schema(self, frame: pd.DataFrame) -> tuple[list[Any], list[Any]]:
+        """Decide what the columns are; returns those of the model, and the given ones."""
+        unknown = [c for c in self.schema or {} if c not in frame.columns]
+        if unknown:
+            raise ValueError(f"schema names no columns of the table: {unknown}")
+        kept = [c for c in frame.columns if c not in ignored(self.schema)]
+        targets, given = self._roles(kept)
+        used = [c for c in kept if c in {*targets, *given}]
+        changes = {c: v for c, v in (self.schema or {}).items() if c in used}
+        self.schema_ = Schema.from_frame(frame[used], changes, self.constraints or (), given=given)
+        half = self.schema_.half_known(frame[used])
+        if half:
+            rows = {c: int(where.sum()) for c, where in half.items()}
+            warnings.warn(
+                f"cells that a constraint ties to a missing one tell the fit nothing: {rows}",
+                stacklevel=3,
+            )
+        return used, given
 
     def _forget(self) -> None:
         for name in ("feature_names_in_", "model_", "schema_", "history_"):
@@ -468,10 +489,19 @@ class DensityEstimator(Conventions):
                 integrated out, a standard error where draws do it.
         """
         model = self._ready()
+        frame = self._frame(X)
         out, error = model.log_prob(
-            self._encode(X), pattern=self.missing == "model", draws=self.draws
+            torch.from_numpy(self.schema_.encode(frame)),
+            pattern=self.missing == "model",
+            draws=self.draws,
         )
-        return (out.numpy(), error.numpy()) if return_error else out.numpy()
+        nats = self._constrained(out.numpy(), frame)
+        return (nats, error.numpy()) if return_error else nats
+
+    def _constrained(self, nats: np.ndarray, frame: pd.DataFrame) -> np.ndarray:
+        """-inf where a row breaks a constraint."""
+        check_half_known(self.schema_, frame)
+        return np.where(self.schema_.broken(frame), -np.inf, nats)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log-density of the rows."""
@@ -487,14 +517,13 @@ class DensityEstimator(Conventions):
             draws: Particles per row and batch, where draws are needed; default the estimator's.
             return_error: As in :meth:`score_samples`.
         """
-        values = self._given_or_all(X)
+        model = self._ready()
+        frame = self._frame(X, partial=True)
+        values = torch.from_numpy(self.schema_.encode(frame, partial=True))
         draws = self.draws if draws is None else _count("draws", draws)
-        out, error = self._ready().log_prob(values, draws=draws)
-        return (out.numpy(), error.numpy()) if return_error else out.numpy()
-
-    def _given_or_all(self, X: Any) -> Tensor:
-        self._ready()
-        return torch.from_numpy(self.schema_.encode(self._frame(X, partial=True), partial=True))
+        out, error = model.log_prob(values, draws=draws)
+        nats = self._constrained(out.numpy(), frame)
+        return (nats, error.numpy()) if return_error else nats
 
     def predict_outliers(self, X: Any, contamination: float = 0.01) -> np.ndarray:
         """True for rows less likely than this share of the held-out rows of the fit."""
@@ -568,38 +597,38 @@ class DensityEstimator(Conventions):
             return self._wrapped(
                 self.schema_.decode(self._fill(blank, 1, generator, leave)[:, 0].numpy())
             )
-        values = self._given(given)
+        values, good, frame = self._given(given)
         if not len(values) or not n:
             return self._wrapped(self.schema_.decode(values[:0].numpy()))
-        return self._wrapped(
-            self.schema_.decode(self._fill(values, n, generator, leave).flatten(0, 1).numpy())
-        )
+        filled = values[:, None].repeat(1, n, 1)
+        filled[good] = self._fill(values[good], n, generator, leave)
+        drawn = self.schema_.decode(filled.flatten(0, 1).numpy())
+        same = [c for c in frame.columns if frame[c].dtype == drawn[c].dtype]
+        return self._wrapped(fill_gaps(frame[same].loc[frame.index.repeat(n)], drawn))
 
-    def _given(self, given: Any) -> Tensor:
-        """Encoded evidence.
+    def _given(self, given: Any) -> tuple[Tensor, Tensor, pd.DataFrame]:
+        """Encoded evidence, which rows of it can be (the others are blank), and its cells.
 
         Targets of a conditional model are blanked, its given columns must be there.
         """
         model = self._ready()
         frame = self._frame(given, partial=True)
+        names = [self.schema_.columns[j].name for j in model.order]
         if model.num_given:
-            names = [self.schema_.columns[j].name for j in model.order[: model.num_given]]
+            names, scored = names[: model.num_given], []
             absent = [c for c in names if c not in frame.columns]
             if absent:
                 raise ValueError(
                     f"this model is conditional: the given columns {absent} are missing"
                 )
             frame = frame[[c for c in frame.columns if c in names]]
+        else:
+            scored = names
+        check_half_known(self.schema_, frame)
         values = self.schema_.encode(frame, partial=True)
-        for j, column in enumerate(self.schema_):
-            if column.is_label and (values[:, j] == len(column.levels)).any():
-                new = sorted(
-                    {str(v) for v in frame[column.name].dropna()} - {str(v) for v in column.levels}
-                )
-                raise ValueError(
-                    f"column {column.name!r} has no label {new}; it has {column.levels}"
-                )
-        return torch.from_numpy(values)
+        good = possible(self.schema_, frame, values, scored) if len(frame) else np.ones(0, bool)
+        values[~good] = np.nan
+        return torch.from_numpy(values), torch.from_numpy(good), frame
 
     def _fill(
         self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False
@@ -620,6 +649,7 @@ class DensityEstimator(Conventions):
             raise ValueError(f"method must be 'draw' or 'mean'; got {method!r}")
         self._ready()
         frame = self._frame(X, partial=True)
+        check_half_known(self.schema_, frame)
         values = torch.from_numpy(self.schema_.encode(frame, partial=True))
         todo = values.isnan().any(1).nonzero()[:, 0]
         if len(todo):
@@ -630,7 +660,8 @@ class DensityEstimator(Conventions):
                 values[todo] = averages(
                     self._ready(), values[todo], max(self.draws, 256), _uniforms(generator)
                 )
-        return self._wrapped(self.schema_.decode(values.numpy(), index=frame.index))
+        filled = self.schema_.decode(values.numpy(), index=frame.index)
+        return self._wrapped(fill_gaps(frame, filled))
 
     # ------------------------------------------------------------------ summaries of conditionals
 
@@ -663,7 +694,8 @@ class DensityEstimator(Conventions):
         levels = np.atleast_1d(np.asarray(q, float))
         if ((levels < 0) | (levels > 1)).any():
             raise ValueError(f"q must lie in [0, 1]; got {q}")
-        model, values = self._ready(), self._given(given)
+        model, (values, good, _) = self._ready(), self._given(given)
+        values = values[good]
         places = self._open(values)
         columns = self.schema_.columns
         out: dict[Any, np.ndarray] = {}
@@ -671,13 +703,14 @@ class DensityEstimator(Conventions):
         exact = self._alone(values)
         for t in places:
             column = columns[model.order[model.num_given + t]]
-            if t == exact:
+            if t == exact and column.relation is None:
                 law = next(law for i, _, law in model.walk(values) if i == model.num_given + t)
                 p = torch.as_tensor(levels).expand(len(values), -1)
                 found = list(law.quantile(p).numpy().T)
             else:
                 if filled is None:
-                    filled = self._fill(values, draws, self._generator(random_state)).numpy()
+                    generator = self._generator(random_state)
+                    filled = self.schema_.natural(self._fill(values, draws, generator).numpy())
                 x = filled[:, :, model.order[model.num_given + t]]
                 found = list(
                     np.quantile(
@@ -685,9 +718,8 @@ class DensityEstimator(Conventions):
                     )
                 )
             for level, x in zip(levels, found, strict=True):
-                out[column.name if np.ndim(q) == 0 else (column.name, float(level))] = _times(
-                    column, x
-                )
+                name = column.name if np.ndim(q) == 0 else (column.name, float(level))
+                out[name] = _times(column, _spread(x, good))
         frame = pd.DataFrame(out)
         if np.ndim(q):
             frame.columns = pd.MultiIndex.from_tuples(frame.columns, names=["column", "q"])
@@ -716,15 +748,21 @@ class DensityEstimator(Conventions):
         """
         import pandas as pd
 
-        model, values = self._ready(), self._given(given)
+        model, (values, good, _) = self._ready(), self._given(given)
+        values = values[good]
         places = self._open(values)
-        filled = averages(model, values, draws, _uniforms(self._generator(random_state)))
+        generator = self._generator(random_state)
+        filled = averages(model, values, draws, _uniforms(generator)).numpy()
+        if any(len(c.relation.exprs) > 1 for c in self.schema_ if c.relation is not None):
+            drawn = self.schema_.natural(self._fill(values, draws, generator).numpy())
+            filled = drawn.mean(1)  # of a largest, which is not the largest of means
+        else:
+            filled = self.schema_.natural(filled)
         out = {}
         for t in places:
             j = model.order[model.num_given + t]
-            out[self.schema_.columns[j].name] = _times(
-                self.schema_.columns[j], filled[:, j].numpy()
-            )
+            column = self.schema_.columns[j]
+            out[column.name] = _times(column, _spread(filled[:, j], good))
         return pd.DataFrame(out)
 
     def _alone(self, values: Tensor) -> int | None:
@@ -792,7 +830,14 @@ class DensityEstimator(Conventions):
 
 def _times(column: Any, x: np.ndarray) -> Any:
     """Numbers of a datetime column as datetimes, others as they are."""
-    return column.decode(x).to_numpy() if column.kind == "datetime" else x
+    return column.cells(x).to_numpy() if column.kind == "datetime" or column.origin else x
+
+
+def _spread(x: np.ndarray, good: Tensor) -> np.ndarray:
+    """Results of the good rows among all, NaN for the others."""
+    out = np.full(len(good), np.nan)
+    out[good.numpy()] = x
+    return out
 
 
 def _uniforms(generator: torch.Generator) -> Uniforms:

@@ -14,10 +14,11 @@ from pyroflows.density.marginals import Histogram, NormalScores
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
 from pyroflows.tables import Schema
+from pyroflows.tables.values import from_json, to_json
 
 __all__ = ["FORMAT", "VERSION", "load", "read_header", "save"]
 
-FORMAT, VERSION = "pyroflows.density", 1
+FORMAT, VERSION = "pyroflows.density", 2
 
 
 def save(estimator: Any, path: Any) -> None:
@@ -30,11 +31,12 @@ def save(estimator: Any, path: Any) -> None:
         tensors |= {f"cell{i}.{k}": v for k, v in c.state_dict().items()}
     if model.mixture is not None:
         tensors |= {f"mixture.{k}": v for k, v in model.mixture.state_dict().items()}
-    params = {k: v for k, v in estimator.get_params().items() if _is_plain(v)}
+    params = {k: to_json(v) for k, v in estimator.get_params().items() if _is_plain(v)}
     header = dict(
         format=FORMAT,
         version=VERSION,
         schema=estimator.schema_.to_json(),
+        index_names=to_json(estimator.schema_.index_names),
         named=hasattr(estimator, "feature_names_in_"),
         order=model.order,
         num_given=model.num_given,
@@ -83,7 +85,7 @@ def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-    schema = Schema.from_json(header["schema"])
+    schema = Schema.from_json(header["schema"], from_json(header.get("index_names", [None])))
     cells = [_cell(part(f"cell{i}.")) for i in range(len(header["order"]))]
     state = part("mixture.")
     mixture = None
@@ -102,7 +104,7 @@ def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
         )
     model.load_state_dict(part("model."))
     known = set(kind._names())
-    out = kind(**{k: v for k, v in header["params"].items() if k in known})
+    out = kind(**{k: from_json(v) for k, v in header["params"].items() if k in known})
     out.model_ = model.to(device).eval().requires_grad_(False)
     out.schema_ = schema
     out.n_features_in_ = len(schema)
@@ -150,7 +152,7 @@ def _cell(state: dict[str, Tensor]) -> LabelCells | NumberCells:
 
 def _is_plain(value: Any) -> bool:
     try:
-        json.dumps(value)
+        to_json(value)
     except TypeError:
         return False
     return True

@@ -1,0 +1,134 @@
+"""Keys: cells that tell a row apart and nothing else. They are drawn afresh, never repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyroflows.tables.storage import dtype_named
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Keys", "suspicion"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """How fresh keys are made: counted on from the largest, or spelled at random.
+
+    Attributes:
+        prefix: Text before the number.
+        suffix: Text after it.
+        start: First number that no key of the table had.
+        digits: Digits at least, with leading zeros.
+        letters: Characters at each place of a spelled key; empty for counted ones.
+    """
+
+    prefix: str = ""
+    suffix: str = ""
+    start: int = 1
+    digits: int = 0
+    letters: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, cells: pd.Series) -> Keys:
+        """From the keys of a table."""
+        import pandas as pd
+
+        if pd.api.types.is_integer_dtype(cells.dtype):
+            return cls(start=int(cells.max()) + 1 if len(cells) else 1)
+        texts = [str(v) for v in cells]
+        found = [re.fullmatch(r"(\D*)(\d+)(\D*)", t) for t in texts]
+        ends = {(m[1], m[3]) for m in found if m}
+        if len(ends) == 1 and all(found):
+            prefix, suffix = ends.pop()
+            numbers = [m[2] for m in found if m]
+            digits = min(map(len, numbers)) if any(n.startswith("0") for n in numbers) else 0
+            return cls(prefix, suffix, max(map(int, numbers)) + 1, digits)
+        size = max(map(len, texts), default=0)
+        letters = tuple(
+            "".join(sorted({t[i] for t in texts if len(t) > i})) for i in range(min(size, 40))
+        )
+        room = sum(np.log10(max(len(c), 1)) for c in letters)
+        # Too few spellings would hit old keys: longer ones cannot.
+        more = int(max(0, np.ceil(np.log10(len(texts) + 1) + 6 - room)))
+        return cls(letters=(*letters, *(["0123456789"] * more)))
+
+    def draw(self, gone: np.ndarray, rows: np.ndarray, name: Any, dtype: str) -> pd.Series:
+        """One key for each row (N, D) of a table, different within it; missing where ``gone``."""
+        import pandas as pd
+
+        n = len(gone)
+        if pd.api.types.is_integer_dtype(dtype_named(dtype)):
+            whole = pd.Series(np.arange(n, dtype="int64") + self.start, name=name)
+            return whole.astype(dtype_named(dtype)) if not gone.any() else whole.mask(gone)
+        keys = (
+            self._spelled(n, zlib.crc32(np.ascontiguousarray(rows).tobytes()))
+            if self.letters
+            else self._counted(n)
+        )
+        return pd.Series(keys, name=name, dtype=object).mask(gone).astype(dtype_named(dtype))
+
+    def _counted(self, n: int) -> list[str]:
+        numbers = range(self.start, self.start + n)
+        return [f"{self.prefix}{i:0{self.digits}d}{self.suffix}" for i in numbers]
+
+    def _spelled(self, n: int, seed: int) -> list[str]:
+        rng = np.random.default_rng(seed)
+        keys: dict[str, None] = {}
+        while len(keys) < n:
+            places = [rng.choice(list(c), n) for c in self.letters]
+            keys |= dict.fromkeys("".join(letters) for letters in zip(*places, strict=True))
+        return list(keys)[:n]
+
+    def __str__(self) -> str:
+        if self.letters:
+            return f"of {len(self.letters)} characters"
+        return f"from {self.prefix}{self.start:0{self.digits}d}{self.suffix}"
+
+
+def suspicion(cells: pd.Series, labels: bool) -> str | None:
+    """What to say about a column of canonical cells that looks like a key or like free text."""
+    import pandas as pd
+
+    there = cells.dropna()
+    n = len(there)
+    if n < 50:
+        return None
+    count = int(there.nunique())
+    if labels:
+        if isinstance(cells.dtype, pd.CategoricalDtype) and count < 0.9 * n:
+            return None
+        if count < max(0.5 * n, 21):
+            return _misread(there, count)
+        texts = [str(v) for v in there.iloc[:200]]
+        free = np.mean([t.count(" ") >= 2 for t in texts]) > 0.5
+        word = "free text" if free else "keys or names"
+        return f"{count} labels in {n} rows: {word}, of which only those of the table are drawn"
+    if count < n or n < 100 or not pd.api.types.is_integer_dtype(cells.dtype):
+        return None
+    whole = there.to_numpy()
+    if (whole[1:] > whole[:-1]).all() or int(whole.max()) - int(whole.min()) < 1.5 * n:
+        return f"{n} different integers that count the rows: keys"
+    return None
+
+
+def _misread(there: pd.Series, count: int) -> str | None:
+    """Labels most of which are numbers or times in text."""
+    import pandas as pd
+
+    if count <= 20:
+        return None
+    levels = pd.Series(there.unique()).astype(object)
+    if not all(isinstance(v, str) for v in levels):
+        return None
+    odd = levels[pd.to_numeric(levels.str.strip(), errors="coerce").isna()]
+    if len(odd) <= 0.2 * count:
+        but = f" but for {len(odd)}, e.g. {odd.iloc[0]!r}" if len(odd) else ""
+        return f"{count} labels that are numbers{but}"
+    return None
