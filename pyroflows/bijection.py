@@ -447,11 +447,14 @@ class Compose(Bijection):
             sign = sign * part.sign
         return sign
 
+    def _steps(self) -> list[tuple[Bijection, int]]:
+        """The parts, each with the number of axes over which its log-determinant is summed."""
+        return list(zip(self.parts, self._extra_dims, strict=True))  # type: ignore[arg-type]
+
     def _sweep(
         self, value: Tensor, context: Tensor | None, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        steps = list(zip(self.parts, self._extra_dims, strict=True))
-        log_dets = []
+        steps, log_dets = self._steps(), []
         for part, extra in reversed(steps) if inverse else steps:
             value, log_det = part._step(value, context, inverse)
             log_dets.append(log_det.sum(tuple(range(-extra, 0))) if extra else log_det)

@@ -8,11 +8,12 @@ from pyro.distributions import TransformedDistribution
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
+from torch.distributions import Distribution, Transform, VonMises, constraints
 
 from pyroflows import store
-from pyroflows.bases import as_base
+from pyroflows.bases import Base, as_base
 from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
+from pyroflows.transforms.standardization import Standardized, is_real
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -68,24 +69,21 @@ class Flow(PyroModule):
     ) -> None:
         super().__init__(name or "")
         base = as_base(base)
-        transform: Bijection = (
-            as_bijection(transforms) if isinstance(transforms, Transform) else Compose(transforms)
+        context_dim = getattr(base, "context_dim", 0)
+        transform = Standardized(
+            _parts_of(transforms),
+            getattr(base, "event_shape", None),
+            context_dim=context_dim,
+            free=_is_free(base),
         )
-        dims = {getattr(base, "context_dim", 0), transform.context_dim} - {0}
-        if len(dims) > 1:
+        if context_dim not in (0, transform.context_dim):
             raise ValueError(
-                f"Flow: the base has context_dim {base.context_dim}, the transforms "
+                f"Flow: the base has context_dim {context_dim}, the transforms "
                 f"{transform.context_dim}"
-            )
-        event_shape = getattr(base, "event_shape", None)
-        if event_shape is not None and transform.event_shape not in (None, event_shape):
-            raise ValueError(
-                f"Flow: the base gives events of shape {tuple(event_shape)}, but the transforms "
-                f"expect {tuple(transform.event_shape)}"
             )
         self.base = base
         self.transform = transform
-        self.context_dim = dims.pop() if dims else 0
+        self.context_dim = transform.context_dim
 
     def __call__(self, context: Tensor | None = None) -> FlowDistribution:
         if torch.compiler.is_compiling():  # Pyro's context manager would break the graph
@@ -115,11 +113,14 @@ class Flow(PyroModule):
         if not torch.compiler.is_compiling() and store.is_loaded(self._store_name):
             store.claim(self._store_name, self)  # also outside of inference
         base, transform = self._parts()
+        if getattr(base, "context_dim", 0):
+            noise = base(transform.context_units.standardize(context))
+        else:
+            noise = base()
         if context is not None:
             transform = transform.condition(context)
-        noise = base(context) if getattr(base, "context_dim", 0) else base()
         # NaN must show in its own row, so the check of a support without bounds is left out
-        free = _is_real(transform.codomain)
+        free = is_real(transform.codomain)
         return FlowDistribution(noise, transform, validate_args=False if free else None)
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
@@ -142,6 +143,40 @@ class Flow(PyroModule):
     ) -> Tensor:
         """Return draws that carry gradients to the parameters; shape as :meth:`sample`."""
         return self.distribution(context).rsample(_size(sample_shape))
+
+    @torch.no_grad()
+    def standardize(
+        self,
+        x: Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> None:
+        """Let the flow see data, or contexts, or both, in units in which these rows are standard.
+
+        From then on its layers act on rows of about mean 0 and standard deviation 1, while values,
+        contexts, samples and log-densities keep the units of the data. Location and scale are
+        buffers, fixed until this is called again; :func:`pyroflows.fit` calls it once. What the
+        layers have learned before is not adjusted. The statistics are computed in double
+        precision: one pair for each feature, or each channel (axis -3) of events of three axes or
+        more. A constant feature is only shifted; a feature of the context that has two values is
+        mapped to 0 and 1. Where the flow's last parts bound the values, the units are those
+        before these parts. A flow that is bounded from its base on has none for its data, and one
+        with an ``embedding`` none for its context.
+
+        Args:
+            x: Data, shape ``(n, *event)``; None to leave the units of the data.
+            context: Contexts, shape ``(n, context_dim)``; None to leave theirs.
+            sample_weight: Non-negative weight of each row, shape ``(n,)``.
+
+        Raises:
+            ValueError: If the flow's dtype cannot hold the variation of a feature.
+        """
+        transform = self._parts()[1]
+        if context is not None and transform.context_dim:
+            transform.context_units.fit_to(context, sample_weight, name="context", binary=True)
+        if x is not None and transform.seam is not None:
+            transform.units.fit_to(transform.before_seam(x, context), sample_weight)
 
     @property
     def event_shape(self) -> torch.Size:
@@ -184,10 +219,21 @@ class Flow(PyroModule):
         return self.__dict__["_pyro_name"] or "flow"
 
 
-def _is_real(constraint: constraints.Constraint) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint is constraints.real or type(constraint) is type(constraints.real)
+def _parts_of(transforms: Transform | Sequence[Transform]) -> Sequence[Transform | Bijection]:
+    if not isinstance(transforms, Transform):
+        return transforms
+    transform = as_bijection(transforms)
+    return list(transform) if type(transform) is Compose else [transform]
+
+
+def _is_free(base: nn.Module) -> bool:
+    """Whether the noise of a base may be scaled: it is no angle and has no bounds."""
+    if not isinstance(base, Base) or base.context_dim:
+        return True
+    noise = base()
+    while isinstance(noise, torch.distributions.Independent):
+        noise = noise.base_dist
+    return is_real(noise.support) and not isinstance(noise, VonMises)
 
 
 def _size(shape: int | Sequence[int]) -> torch.Size:

@@ -1,16 +1,18 @@
 """Maximum likelihood: the loop that owns an optimizer, so that users need not write one."""
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyroflows.flow import Flow
+from pyroflows.training_rows import Rows, as_rows, minibatches, part_rows
+from pyroflows.transforms.standardization import Units
 
 __all__ = ["History", "fit", "make_adam", "warmup_cosine"]
 
@@ -25,6 +27,7 @@ class History:
         best_epoch: Epoch, counted from 0, whose state was kept; -1 if it is the state before
             training.
         best_valid_loss: Validation loss of that state; NaN without a validation part.
+        num_steps: Optimizer steps tried.
         skipped_steps: Steps left out because loss or gradient was not finite.
         stopped_early: Whether patience ran out before the epochs did.
         interrupted: Whether the user stopped it; the best state so far is kept.
@@ -34,6 +37,7 @@ class History:
     valid_loss: list[float] = field(default_factory=list)
     best_epoch: int = -1
     best_valid_loss: float = math.nan
+    num_steps: int = 0
     skipped_steps: int = 0
     stopped_early: bool = False
     interrupted: bool = False
@@ -45,12 +49,14 @@ class History:
         notes = [
             f"{what} loss {loss:.4f} nats at epoch {self.best_epoch + 1} of {len(self.train_loss)}"
         ]
+        if self.best_epoch < 0:
+            notes.append("the state before training is kept")
         if self.stopped_early:
             notes.append("stopped early")
         if self.interrupted:
             notes.append("interrupted")
         if self.skipped_steps:
-            notes.append(f"{self.skipped_steps} non-finite steps skipped")
+            notes.append(f"{self.skipped_steps} of {self.num_steps} steps skipped, not finite")
         return f"History({', '.join(notes)})"
 
 
@@ -91,6 +97,7 @@ def fit(
     patience: int = 15,
     clip_norm: float = 10.0,
     sample_weight: Tensor | None = None,
+    standardize: bool = True,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -99,15 +106,22 @@ def fit(
 
     The flow is left in its best state, in evaluation mode.
 
+    Data and contexts may have any location and scale: the first fit sets the flow's own
+    standardization (:meth:`pyroflows.Flow.standardize`) from the training rows and their weights.
+    It is kept by later fits, and left out where the flow scores the rows better without, as one
+    does whose layers have been trained on them; ``flow.standardize(x, context)`` sets it anew.
+
     Minibatches with Adam (fused), linear warm-up and cosine to zero, clipped gradients. A step
-    whose loss or gradient is not finite is skipped and counted. After each epoch the validation
-    part is scored: the best state is kept, and training stops when ``patience`` epochs bring
-    nothing better. Ctrl-C keeps the best state too.
+    whose loss or gradient is not finite is skipped and counted, with a warning where most were.
+    After each epoch the validation part is scored: the best state is kept, and training stops when
+    ``patience`` epochs bring nothing better. Ctrl-C keeps the best state too. Where no epoch is
+    better than the state before training, that one is kept; without a validation part the training
+    rows judge, at the end.
 
     Args:
-        flow: Anything with ``log_prob(x, context)`` that is a module, such as a recipe's result.
-        x: Data, shape ``(n, *event)``, best of unit scale; arrays and numeric DataFrames are
-            taken too.
+        flow: Anything with ``log_prob(x, context)`` that is a module, such as a recipe's result;
+            only a :class:`pyroflows.Flow` is standardized.
+        x: Data, shape ``(n, *event)``; arrays and numeric DataFrames are taken too.
         context: One context for each row, shape ``(n, context_dim)``.
         num_epochs: Sweeps over the training part, at most.
         batch_size: Rows a step; None for about n / 20, between 32 and 512.
@@ -118,6 +132,7 @@ def fit(
         patience: Epochs without improvement before stopping.
         clip_norm: Largest norm of a gradient.
         sample_weight: Non-negative weight of each row, shape ``(n,)``.
+        standardize: Whether to set the flow's standardization of data and context if it has none.
         device: Where to train, ``"auto"`` for a GPU if there is one; None for where the flow is.
         seed: Seed of the split and the minibatches; the global generators are left as they were.
         progress: Whether to show a progress bar.
@@ -126,63 +141,47 @@ def fit(
         The losses and what happened; see :class:`History`.
 
     Raises:
-        ValueError: If shapes disagree, rows are not finite, or there are too few.
+        ValueError: If shapes disagree, rows are not finite, too few, outside the flow's support,
+            or vary by less than the flow's dtype holds.
         TypeError: If x is not numeric.
-        RuntimeError: If no state with a finite validation loss was met.
+        RuntimeError: If no step, or no state's validation loss, was finite; the flow is then as
+            it was.
     """
     flow = flow.to(_device(device, flow))
-    like = next((p for p in flow.parameters()), None)
-    if like is None:
-        raise ValueError("fit: the flow has no parameters to learn")
-    train, generator = _as_rows(like, x, context, sample_weight), torch.Generator()
+    parameters, generator = _learnable(flow), torch.Generator()
     generator.manual_seed(seed)
-    held: _Rows | None
-    if isinstance(validation, tuple):
-        held = _as_rows(like, validation[0], *validation[1:2])
-    elif isinstance(validation, (int, float)) and 0 <= validation < 1:
-        held, train = _split(train, validation, generator)
-    else:
-        raise ValueError(
-            f"fit: validation must be a number in [0, 1) or a tuple (x,) or (x, context); "
-            f"got {validation!r:.80}"
-        )
+    train, held = part_rows(flow, as_rows(x, context, sample_weight), validation, generator)
     n = len(train.x)
-    if n < 2:
-        raise ValueError(f"fit needs at least 2 training rows; got {n}")
-    for part, rows in (("training", train), ("validation", held)):
-        if rows is not None and (
-            not len(rows.x) or (rows.weight is not None and not rows.weight.any())
-        ):
-            raise ValueError(f"fit: the {part} part has no rows of positive weight")
     if num_epochs < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(
             f"fit expects positive num_epochs and batch_size; got {num_epochs} and {batch_size}"
         )
     batch_size = min(n, batch_size or max(32, min(512, n // 20)))
     num_steps = num_epochs * (n // batch_size)
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("fit: every parameter of the flow is frozen; call flow.requires_grad_()")
+    like = parameters[0]
     optimizer = make_adam(parameters, lr, weight_decay=weight_decay)
-    step = 0
     history, best = History(), _Best(flow)
     bar = tqdm(range(num_epochs), desc="fit", unit="epoch", disable=not progress)
-    devices = [like.device] if like.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
+            judges = (train.some(8192) if held is None else held).to(flow)
+            best.offer(-1, _score(flow, judges))
+            if standardize and isinstance(flow, Flow):
+                _standardize(flow, train)
+            train = train.to(flow)
+            flow.train()
+            with torch.no_grad():  # data-dependent initialization sees the data once
+                flow.log_prob(*train.part(slice(8 * batch_size))[:2])
+            best.offer(-1, _score(flow, judges))
             for epoch in bar:
                 flow.train()
-                # data-dependent initialization sees the data once, before anything is scored
-                if epoch == 0:
-                    with torch.no_grad():
-                        flow.log_prob(*train.part(slice(8 * batch_size))[:2])
-                    best.offer(-1, _score(flow, held), history)
-                    flow.train()
                 losses = []
-                for batch in _minibatches(train, batch_size, generator):
-                    optimizer.param_groups[0]["lr"] = lr * warmup_cosine(step, num_steps)
-                    step += 1
+                for batch in minibatches(train, batch_size, generator):
+                    optimizer.param_groups[0]["lr"] = lr * warmup_cosine(
+                        history.num_steps, num_steps
+                    )
+                    history.num_steps += 1
                     loss = _step(flow, batch, optimizer, parameters, clip_norm)
                     if loss is None:
                         history.skipped_steps += 1
@@ -191,10 +190,10 @@ def fit(
                 history.train_loss.append(sum(losses) / len(losses) if losses else math.nan)
                 shown = {"train": f"{history.train_loss[-1]:.3f}"}
                 if held is not None:
-                    history.valid_loss.append(_score(flow, held))
-                    best.offer(epoch, history.valid_loss[-1], history)
+                    history.valid_loss.append(_score(flow, judges))
+                    best.offer(epoch, history.valid_loss[-1])
                     shown |= {"valid": f"{history.valid_loss[-1]:.3f}"}
-                    if epoch - max(0, history.best_epoch) >= patience:
+                    if epoch - max(0, best.epoch) >= patience:
                         history.stopped_early = True
                         break
                 bar.set_postfix(shown)
@@ -202,34 +201,88 @@ def fit(
             history.interrupted = True
         finally:
             bar.close()
-    if held is None:
-        history.best_epoch = len(history.train_loss) - 1
-    elif not math.isfinite(history.best_valid_loss) and not history.interrupted:
-        raise RuntimeError(
-            "fit: no state had a finite validation loss; standardize the data, or lower lr"
-        )
-    else:
-        best.restore()
+        if held is None:
+            best.offer(len(history.train_loss) - 1, _score(flow, judges))
+    history.best_epoch = best.epoch
+    history.best_valid_loss = math.nan if held is None else best.loss
+    failure = _failure(history)
+    flow.load_state_dict(best.state if failure is None else best.start)
     flow.eval()
+    if failure is not None:
+        raise RuntimeError(failure)
     return history
 
 
-class _Rows(NamedTuple):
-    """Data, context and weights, one row each."""
+def _learnable(flow: nn.Module) -> list[Tensor]:
+    if next(flow.parameters(), None) is None:
+        raise ValueError("fit: the flow has no parameters to learn")
+    parameters: list[Tensor] = [p for p in flow.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("fit: every parameter of the flow is frozen; call flow.requires_grad_()")
+    return parameters
 
-    x: Tensor
-    context: Tensor | None
-    weight: Tensor | None
 
-    def part(self, index: Tensor | slice) -> "_Rows":
-        """Return some of the rows."""
-        x, context, weight = (None if v is None else v[index] for v in self)
-        return _Rows(cast(Tensor, x), context, weight)
+def _failure(history: History) -> str | None:
+    """Return why nothing was learned, or None; warn where little was."""
+    if history.interrupted:
+        return None
+    skipped, tried = history.skipped_steps, history.num_steps
+    what = f"in {skipped} of {tried} steps loss or gradient was not finite"
+    advice = "look for extreme rows, lower lr, or pass standardize=True"
+    if skipped == tried:
+        return f"fit: {what}; the flow is as it was. {advice.capitalize()}"
+    if history.valid_loss and not math.isfinite(history.best_valid_loss):
+        return f"fit: no state had a finite validation loss; the flow is as it was. {advice}"
+    if 2 * skipped > tried:
+        warnings.warn(f"fit: {what}; {advice}", stacklevel=3)
+    return None
+
+
+def _standardize(flow: Flow, rows: Rows) -> None:
+    """Set the units that the flow has not, unless it scores the rows better without them."""
+    transform, some = flow.transform, rows.some(2048).to(flow)
+    _, context, weight = rows
+    if context is not None:
+        units = transform.context_units
+        if units.active:
+            _check_units(units, context, weight, "context")
+        else:
+            before = _score(flow, some)
+            units.fit_to(context, weight, name="context", binary=True)
+            _keep_if_better(units, before, _score(flow, some))
+    if transform.seam is not None:
+        units, values = transform.units, transform.before_seam(rows.x, context)
+        if units.active:
+            _check_units(units, values, weight, "x")
+        else:
+            before = _score(flow, some)
+            units.fit_to(values, weight)
+            _keep_if_better(units, before, _score(flow, some))
+
+
+def _keep_if_better(units: Units, before: float, after: float) -> None:
+    """Leave out units that make a density worse: its layers know the rows as they are."""
+    if math.isfinite(before) and not after <= before + 1e-6 * abs(before):
+        units.reset()
+
+
+def _check_units(units: Units, rows: Tensor, weight: Tensor | None, name: str) -> None:
+    """Warn if units that were set before do not suit these rows."""
+    fresh = copy.deepcopy(units)
+    fresh.fit_to(rows, weight, name=name)
+    shift, ratio = (fresh.loc - units.loc) / units.scale, fresh.scale / units.scale
+    if bool((shift.abs() > 10).any() | (ratio > 10).any()):
+        warnings.warn(
+            f"fit: {name} lies up to {float(shift.abs().max()):.3g} standard deviations from, and "
+            f"varies up to {float(ratio.max()):.3g} times as much as, the rows by which the flow "
+            "was standardized; flow.standardize(x, context) sets it anew, before fitting",
+            stacklevel=4,
+        )
 
 
 def _step(
     flow: nn.Module,
-    batch: _Rows,
+    batch: Rows,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
     clip_norm: float,
@@ -249,10 +302,8 @@ def _step(
     return loss.item()
 
 
-def _score(flow: nn.Module, rows: _Rows | None, chunk: int = 8192) -> float:
-    """Mean negative log-density in evaluation mode; NaN for no rows."""
-    if rows is None:
-        return math.nan
+def _score(flow: nn.Module, rows: Rows, chunk: int = 8192) -> float:
+    """Mean negative log-density in evaluation mode."""
     flow.eval()
     total, weights = 0.0, 0.0
     with torch.no_grad():
@@ -266,20 +317,18 @@ def _score(flow: nn.Module, rows: _Rows | None, chunk: int = 8192) -> float:
 
 
 class _Best:
-    """The state with the lowest validation loss."""
+    """The state with the lowest loss, and the one at the start."""
 
     def __init__(self, flow: nn.Module) -> None:
-        self.flow = flow
-        self.state: dict[str, Tensor] | None = None
+        self.flow, self.epoch, self.loss = flow, -1, math.nan
+        self.state = self.start = self._copy()
 
-    def offer(self, epoch: int, loss: float, history: History) -> None:
-        if math.isfinite(loss) and not loss >= history.best_valid_loss:
-            history.best_epoch, history.best_valid_loss = epoch, loss
-            self.state = {k: v.detach().clone() for k, v in self.flow.state_dict().items()}
+    def _copy(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self.flow.state_dict().items()}
 
-    def restore(self) -> None:
-        if self.state is not None:
-            self.flow.load_state_dict(self.state)
+    def offer(self, epoch: int, loss: float) -> None:
+        if math.isfinite(loss) and not loss >= self.loss:
+            self.epoch, self.loss, self.state = epoch, loss, self._copy()
 
 
 def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:
@@ -289,63 +338,3 @@ def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
-
-
-def _tensor(values: Any) -> Tensor:
-    return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
-
-
-def _as_rows(
-    like: Tensor, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
-) -> _Rows:
-    """Data, context and weights as finite tensors of the flow's dtype and device."""
-    x = _tensor(x)
-    if x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"fit expects real numbers; got {x.dtype}")
-    if x.dim() < 2:
-        raise ValueError(f"fit expects x of shape (n, *event); got {tuple(x.shape)}")
-
-    def checked(name: str, value: Tensor) -> Tensor:
-        value = _tensor(value).to(like.device, like.dtype)
-        count = len(value) if value.dim() else 0
-        if count != len(x) or not value.dim():
-            raise ValueError(f"fit: x has {len(x)} rows, but {name} has {count}")
-        finite = value.isfinite().reshape(len(value), math.prod(value.shape[1:])).all(-1)
-        bad = int((~finite).sum())
-        if bad:
-            raise ValueError(
-                f"fit: {bad} rows of {name} have missing or infinite values; drop or impute them"
-            )
-        return value
-
-    rows = _Rows(
-        checked("x", x),
-        None if context is None else checked("context", context),
-        None if weight is None else checked("sample_weight", weight),
-    )
-    if rows.weight is not None and rows.weight.dim() > 1:
-        raise ValueError(
-            f"fit expects sample_weight of shape (n,); got {tuple(rows.weight.shape)}"
-        )
-    if rows.weight is not None and bool((rows.weight < 0).any()):
-        raise ValueError("fit: sample_weight must not be negative")
-    return rows
-
-
-def _split(rows: _Rows, fraction: float, generator: torch.Generator) -> tuple[_Rows | None, _Rows]:
-    n = len(rows.x)
-    count = round(fraction * n)
-    if fraction and not count:
-        raise ValueError(
-            f"fit: {n} rows are too few to hold out {fraction:.0%}; pass validation=0"
-        )
-    order = torch.randperm(n, generator=generator).to(rows.x.device)
-    return (rows.part(order[:count]) if count else None), rows.part(order[count:])
-
-
-def _minibatches(rows: _Rows, size: int, generator: torch.Generator) -> Iterator[_Rows]:
-    """Full batches in random order; the rest of an epoch takes part in the next shuffle."""
-    n = len(rows.x)
-    order = torch.randperm(n, generator=generator).to(rows.x.device)
-    for i in range(0, n - size + 1, size):
-        yield rows.part(order[i : i + size])
