@@ -40,7 +40,8 @@ class Rows(NamedTuple):
             ValueError: If that dtype cannot hold them, or they are outside the flow's support.
         """
         like = next(flow.parameters())
-        rows = Rows(*(None if v is None else v.to(like.device, like.dtype) for v in self))
+        x, context, weight = (None if v is None else v.to(like) for v in self)
+        rows = Rows(cast(Tensor, x), context, weight)
         for name, value in zip(_NAMES, rows, strict=True):
             _refuse(value, torch.isfinite, f"of {name} are beyond {like.dtype}; use flow.double()")
         if isinstance(flow, Flow) and not is_real(flow.support):

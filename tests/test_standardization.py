@@ -7,7 +7,9 @@ import subprocess
 import sys
 import warnings
 
+import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import pytest
 import torch
 from torch.distributions import ExpTransform, SigmoidTransform
@@ -56,7 +58,9 @@ def test_scales_of_data_and_context_do_not_matter():
         rows, contexts = scale * x + shift, context_scale * c + context_shift
         fit(flow, rows, contexts, num_epochs=6)
         log_prob = flow.log_prob(rows, contexts) + 2 * math.log(scale)
-        assert torch.allclose(flow(contexts[5]).log_prob(rows[5]), flow.log_prob(rows, contexts)[5])
+        assert torch.allclose(
+            flow(contexts[5]).log_prob(rows[5]), flow.log_prob(rows, contexts)[5]
+        )
         return -float(log_prob.detach().mean())
 
     expected = loss(1.0, 0.0, 1.0, 0.0)
@@ -71,7 +75,8 @@ def test_density_with_units_integrates_to_one_and_scores_its_samples(context_dim
     x = torch.randn(200, 2).double() * torch.tensor([3.0, 0.2]) + torch.tensor([50.0, -7.0])
     fit(flow, x, c, num_epochs=3)
     edges = [
-        torch.linspace(-8, 8, 241).double() * s + m for s, m in zip([3, 0.2], [50, -7], strict=True)
+        torch.linspace(-8, 8, 241).double() * s + m
+        for s, m in zip([3, 0.2], [50, -7], strict=True)
     ]
     middle = [(e[1:] + e[:-1]) / 2 for e in edges]
     one = c[:1] if context_dim else None
@@ -133,18 +138,27 @@ def test_copies_and_conversions_keep_the_units():
 
 
 def test_fresh_process_restores_the_units(tmp_path):
-    x = 40 * torch.randn(100, 2) + 100
-    flow = small()
-    fit(flow, x, num_epochs=2)
-    torch.save({"state": flow.state_dict(), "x": x, "log_prob": flow.log_prob(x)}, tmp_path / "f")
-    code = (
-        "import sys, torch, pyroflows as pf\n"
-        "saved = torch.load(sys.argv[1])\n"
-        "flow = pf.neural_spline(2, num_transforms=2, hidden_dims=[16])\n"
-        "flow.load_state_dict(saved['state'])\n"
-        "torch.testing.assert_close(flow.log_prob(saved['x']), saved['log_prob'])\n"
+    x, c = 40 * torch.randn(100, 2) + 100, 1e4 * torch.randn(100, 1)
+    flow = small(context_dim=1)
+    fit(flow, x, c, num_epochs=2)
+    with poutine.trace():
+        flow(c)  # registers
+    pyro.get_param_store().save(str(tmp_path / "store"))
+    torch.save(
+        {"state": flow.state_dict(), "rows": (x, c), "is": flow.log_prob(x, c)}, tmp_path / "f"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], capture_output=True)
+    code = """
+import sys, pyro, torch, pyroflows as pf
+saved = torch.load(sys.argv[1] + "/f")
+for way in ("state", "store"):
+    flow = pf.neural_spline(2, 1, num_transforms=2, hidden_dims=[16])
+    if way == "state":
+        flow.load_state_dict(saved["state"])
+    else:
+        pyro.get_param_store().load(sys.argv[1] + "/store")
+    torch.testing.assert_close(flow.log_prob(*saved["rows"]), saved["is"])
+"""
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
     assert out.returncode == 0, out.stderr.decode()
 
 

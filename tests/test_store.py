@@ -227,7 +227,7 @@ def test_running_statistics_are_saved_as_they_are_at_that_time(tmp_path):
             with poutine.trace():
                 pyro.sample("x", flow(), obs=DATA).sum()
                 flow().log_prob(DATA)
-    layer = flow.transform
+    layer = flow.transform[0]
     layer.moving_mean += 1.0  # after the last claim, in place
     layer.moving_variance = 2 * layer.moving_variance  # and replaced
     pyro.get_param_store().save(tmp_path / "store.pt")

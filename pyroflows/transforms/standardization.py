@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,28 +28,34 @@ class Units(Bijection):
 
     loc: Tensor
     scale: Tensor
+    # What the buffers say, and which were looked at: a look stalls a GPU.
+    _active = False
+    _seen: Sequence[tuple[Any, int]] = ((lambda: None, -1),) * 2
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(event_shape)
         self.domain = self.codomain = constraints.independent(constraints.real, len(event_shape))
         self.register_buffer("loc", torch.zeros(tuple(event_shape)))
         self.register_buffer("scale", torch.ones(tuple(event_shape)))
-        # What the buffers are known to say, shared with views: looking at them stalls a GPU.
-        self._known: dict[str, Any] = {"tensors": (), "versions": None, "active": False}
 
     @property
     def active(self) -> bool:
         """Whether the map is anything but the identity."""
-        known = self._known
         if not untracked():  # there, no buffer can be looked at: the last look holds
-            tensors, versions = (self.loc, self.scale), (_version(self.loc), _version(self.scale))
-            same = known["versions"] == versions
-            if not (same and all(a is b for a, b in zip(known["tensors"], tensors, strict=True))):
-                known["active"] = not self.loc.is_meta and bool(
-                    ((self.loc != 0) | (self.scale != 1)).any()
-                )
-                known["tensors"], known["versions"] = tensors, versions
-        return self._known["active"]
+            pairs = [(t, _version(t)) for t in (self.loc, self.scale)]
+            if not all(
+                ref() is t and old == new
+                for (t, new), (ref, old) in zip(pairs, self._seen, strict=True)
+            ):
+                active = not self.loc.is_meta and bool(((self.loc != 0) | (self.scale != 1)).any())
+                seen = [(weakref.ref(t), version) for t, version in pairs]
+                self.__dict__.update(_active=active, _seen=seen)
+        return self._active
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_seen", None)
+        return state
 
     @torch.no_grad()
     def fit_to(
@@ -157,9 +164,9 @@ class Standardized(Compose):
         self.seam: int | None = None
         if event_shape is not None:
             self._lift(event_shape)
-            self.seam = _seam(self.parts, free)
-        if self.seam is not None:
-            for part in self.parts[: self.seam]:
+            self.seam = _seam(list(self), free)
+        if event_shape is not None and self.seam is not None:
+            for part in list(self)[: self.seam]:
                 event_shape = part._map_shape(event_shape, inverse=False)
             self.units = Units(event_shape)
         if self.context_dim:
