@@ -118,7 +118,14 @@ def _add_fit(commands: Any, formats: argparse.ArgumentParser) -> None:
         type=_schema,
         metavar="JSON",
         help="what columns are taken for, as text or as a file: "
-        '{"zip": {"kind": "categorical"}, "price": {"step": null}}',
+        '{"zip": {"kind": "categorical"}, "id": {"kind": "ignore"}, "price": {"step": null}}',
+    )
+    fit.add_argument(
+        "--constraint",
+        nargs="+",
+        action="extend",
+        metavar="RELATION",
+        help="what holds in every row, e.g. 'start < end' 'a + b == c'",
     )
     fit.add_argument("--missing", choices=["ignore", "model"], default="ignore")
     fit.add_argument("--max-time", type=float, default=90.0, help="seconds of processor time")
@@ -222,6 +229,7 @@ def _fit(args: argparse.Namespace) -> None:
         target=args.target,
         given=args.given,
         schema=args.schema,
+        constraints=args.constraint,
         missing=args.missing,
         max_time=args.max_time,
         max_steps=args.max_steps,

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from pyroflows.density.streaming import TableFile
+from pyroflows.tables import Schema
 
 TABLE = pd.DataFrame(
     {
@@ -168,3 +169,25 @@ def test_gzip_is_read_by_its_name(tmp_path):
     with gzip.open(tmp_path / "t.csv.gz", "wt") as file:
         file.write("a,b\n1,2\n")
     assert TableFile(tmp_path / "t.csv.gz").read().to_dict("list") == {"a": [1], "b": [2]}
+
+
+@pytest.mark.parametrize(
+    ("cell", "last", "said"),
+    [
+        ("${:,.2f}", "$1.00", r"numbers written with \$ ,?.*convert them"),
+        ("{}%", "4%", "numbers written with %.*convert them"),
+        ("{},5", "1,5", "numbers written with ,.*decimal="),
+        ("{}", "?", r"numbers, but for 1, e.g. '\?'; .*na_values=\['\?'\]"),
+        ("{}", "n.k.", r"numbers.*na_values=\['n.k.'\]"),
+    ],
+)
+def test_text_that_writes_numbers_is_said(tmp_path, cell, last, said):
+    rows = [cell.format(1000 * i) for i in range(60)] + [last]
+    pd.DataFrame({"v": rows}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.warns(UserWarning, match="column 'v' has 61 labels that are " + said):
+        Schema.from_frame(TableFile(tmp_path / "t.csv").read())
+
+
+def test_labels_that_are_no_numbers_pass_in_silence(tmp_path):
+    codes = [f"0{i:04d}" for i in range(30)] * 3
+    Schema.from_frame(pd.DataFrame({"zip": codes, "kind": [f"type {i % 30}" for i in range(90)]}))

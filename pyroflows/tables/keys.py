@@ -92,34 +92,56 @@ class Keys:
         return f"from {self.prefix}{self.start:0{self.digits}d}{self.suffix}"
 
 
+LEFT_OUT = "leave it out: schema={{{name!r}: {{'kind': 'ignore'}}}}"
+FRESH = "draw fresh ones: schema={{{name!r}: {{'kind': 'key'}}}}"
+NUMERIC = "read them as numbers: schema={{{name!r}: {{'kind': 'numeric'}}}}"
+MISSING = (
+    "read what is no number as missing: na_values=[{odd!r}] in pandas.read_csv, --na on the "
+    "command line"
+)
+CONVERTED = (
+    "convert them, e.g. pd.to_numeric(x.str.replace(...)), or read the file with thousands= or "
+    "decimal="
+)
+MARKS = "$€£¥%,"  # beside the digits of amounts and shares in text
+
+
 def suspicion(cells: pd.Series, labels: bool) -> str | None:
-    """What to say about a column of canonical cells that looks like a key or like free text."""
+    """What to say about a column of canonical cells that looks like a key, text or numbers.
+
+    What it has, and what to do about it.
+    """
     import pandas as pd
 
     there = cells.dropna()
-    n = len(there)
+    name, n = cells.name, len(there)
     if n < 50:
         return None
     count = int(there.nunique())
+    keys = f"{LEFT_OUT}; or {FRESH}".format(name=name)
     if labels:
-        if isinstance(cells.dtype, pd.CategoricalDtype) and count < 0.9 * n:
-            return None
+        misread = _misread(there, count)
+        if misread or (isinstance(cells.dtype, pd.CategoricalDtype) and count < 0.9 * n):
+            return misread
         if count < max(0.5 * n, 21):
-            return _misread(there, count)
+            return None
         texts = [str(v) for v in there.iloc[:200]]
         free = np.mean([t.count(" ") >= 2 for t in texts]) > 0.5
         word = "free text" if free else "keys or names"
-        return f"{count} labels in {n} rows: {word}, of which only those of the table are drawn"
+        return (
+            f"{count} labels in {n} rows: {word}, of which only those of the table are drawn; "
+            f"{keys}"
+        )
     if count < n or n < 100 or not pd.api.types.is_integer_dtype(cells.dtype):
         return None
     whole = there.to_numpy()
     if (whole[1:] > whole[:-1]).all() or int(whole.max()) - int(whole.min()) < 1.5 * n:
-        return f"{n} different integers that count the rows: keys"
+        return f"{n} different integers that count the rows: keys; {keys}"
     return None
 
 
 def _misread(there: pd.Series, count: int) -> str | None:
-    """Labels most of which are numbers or times in text."""
+    """Labels most of which write a number: plainly, with a mark, or beside a word for missing."""
     import pandas as pd
 
     if count <= 20:
@@ -127,8 +149,20 @@ def _misread(there: pd.Series, count: int) -> str | None:
     levels = pd.Series(there.unique()).astype(object)
     if not all(isinstance(v, str) for v in levels):
         return None
-    odd = levels[pd.to_numeric(levels.str.strip(), errors="coerce").isna()]
-    if len(odd) <= 0.2 * count:
-        but = f" but for {len(odd)}, e.g. {odd.iloc[0]!r}" if len(odd) else ""
-        return f"{count} labels that are numbers{but}"
-    return None
+    bare = levels.str.replace(rf"[\s{MARKS}]", "", regex=True)
+    odd = levels[pd.to_numeric(bare, errors="coerce").isna()]
+    if len(odd) > 0.2 * count:
+        return None
+    marks = [m for m in MARKS if levels.str.contains(m, regex=False).any()]
+    if not marks and levels.str.match(r"0\d").any():
+        return None  # codes
+    found = f"{count} labels that are numbers"
+    if marks:
+        found += f" written with {' '.join(marks)}, e.g. {levels.drop(odd.index).iloc[0]!r}"
+    if len(odd):
+        found += f", but for {len(odd)}, e.g. {odd.iloc[0]!r}"
+    ways = [
+        *([CONVERTED] if marks else []),
+        *([MISSING.format(odd=odd.iloc[0])] if len(odd) else []),
+    ]
+    return f"{found}; {' and '.join(ways or [NUMERIC.format(name=there.name)])}"

@@ -376,14 +376,7 @@ def _warn(column: Column, series: pd.Series) -> None:
     found = suspicion(canonical(series)[0], labels)
     if found is None:
         return
-    name = column.name
-    ways = [
-        f"leave it out: schema={{{name!r}: {{'kind': 'ignore'}}}}",
-        f"draw fresh ones: schema={{{name!r}: {{'kind': 'key'}}}}",
-    ]
-    if "that are numbers" in found:
-        ways = [f"read them as numbers: schema={{{name!r}: {{'kind': 'numeric'}}}}"]
-    warnings.warn(f"column {name!r} has {found}; {' or '.join(ways)}", stacklevel=5)
+    warnings.warn(f"column {column.name!r} has {found}", stacklevel=5)
 
 
 def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:
