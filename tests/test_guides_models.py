@@ -277,3 +277,121 @@ def test_a_guide_of_another_model_is_refused():
 
     with pytest.raises(ValueError, match="another model"):
         fit_guide(other, AutoFlow(one), progress=False)
+
+
+# ------------------------------------------------------------------------------- masks, angles
+
+
+ROWS, THERE = torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0]), torch.tensor([1, 1, 0, 0, 1]).bool()
+
+
+def missing(y, there):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 5):
+        pyro.sample("y", dist.LogNormal(m, 1.0), obs=y.clamp(min=0.1), obs_mask=there)
+
+
+def ragged(y, there):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 5), poutine.mask(mask=there):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def ragged_shares(y, there):
+    with pyro.plate("rows", 5), poutine.mask(mask=there):
+        z = pyro.sample("z", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("y", dist.Categorical(z), obs=y.long().clamp(max=2))
+
+
+def masked_inside(y, there):
+    z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).mask(there).to_event(1))
+    pyro.sample("y", dist.Normal(torch.where(there, z, 0.0), 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    "model, free",
+    [
+        (missing, [0, 1, 1, 0, 0, 1]),
+        (ragged, [0, 0, 0, 1, 1, 0]),
+        (ragged_shares, [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]),
+        (masked_inside, [0, 0, 1, 1, 0]),
+    ],
+)
+def test_entries_on_which_nothing_depends_are_standard_normal(model, free):
+    density = LatentDensity(model, (ROWS, THERE))
+    assert density.free.tolist() == [bool(f) for f in free]
+    u = torch.randn(4, density.dim)
+    other = torch.where(density.free, torch.randn(4, density.dim), u)
+    normal = dist.Normal(0.0, 1.0)
+    expected = torch.where(density.free, normal.log_prob(other) - normal.log_prob(u), 0.0).sum(-1)
+    torch.testing.assert_close(density(other) - density(u), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(density(u), single(density, u))
+
+
+def test_a_fit_leaves_masked_entries_at_the_base():
+    guide = AutoFlow(ragged)
+    result = fit_guide(ragged, guide, ROWS, THERE, num_steps=60, seed=0, progress=False)
+    # y_i ~ N(m, 2), m ~ N(0, 1): the evidence of the three rows that are there
+    cov = 2 * torch.eye(3) + 1
+    evidence = dist.MultivariateNormal(torch.zeros(3), cov).log_prob(ROWS[THERE]).item()
+    assert result.diagnostics.elbo == pytest.approx(evidence, abs=0.02)
+    z = guide.sample_posterior(4000, ROWS, THERE)["z"][:, ~THERE]
+    assert z.mean(0).abs().max() < 0.1 and (z.std(0) - 1).abs().max() < 0.1
+
+
+def test_flat_priors_by_a_mask_stay_flat():
+    def model():
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False))
+        pyro.sample("y", dist.Normal(b, 1.0).to_event(1), obs=torch.ones(2))
+
+    density, u = LatentDensity(model), torch.randn(3, 2)
+    assert not density.free.any()
+    torch.testing.assert_close(density(u), dist.Normal(1.0, 1.0).log_prob(u).sum(-1))
+
+
+def compass(concentration, seen):
+    with pyro.plate("two", 2):
+        a = pyro.sample("a", dist.VonMises(torch.tensor([0.0, 3.0]), concentration))
+        at = torch.stack([a.cos(), a.sin()], -1)
+        pyro.sample("seen", dist.Normal(at, 0.5).to_event(1), obs=seen)
+
+
+@pytest.mark.parametrize("concentration, seen", [(0.1, [-1.0, 0.1]), (3.0, [-1.0, 0.3])])
+def test_an_angle_counts_once(concentration, seen):
+    """Also where the posterior lies across the end of the circle, and where the start does not."""
+    seen = torch.tensor(seen)
+    guide = AutoFlow(compass)
+    result = fit_guide(compass, guide, concentration, seen, num_steps=150, seed=0, progress=False)
+    grid = torch.linspace(-math.pi, math.pi, 10_001)[:-1, None]
+    log_p = dist.VonMises(torch.tensor([0.0, 3.0]), concentration).log_prob(grid)
+    at = torch.stack([grid.cos(), grid.sin()], -1)
+    log_p = log_p + dist.Normal(at, 0.5).log_prob(seen).sum(-1)
+    evidence = (torch.logsumexp(log_p, 0) + math.log(2 * math.pi / 10_000)).sum().item()
+    assert result.diagnostics.log_evidence == pytest.approx(evidence, abs=0.02)
+    weights = torch.softmax(log_p, 0)
+    a = guide.sample_posterior(4000)["a"]
+    for trig in (torch.cos, torch.sin):
+        assert (trig(a).mean(0) - (weights * trig(grid)).sum(0)).abs().max() < 0.04
+    assert a.std(0).max() < 1.5 and a.abs().max() < 8
+    diagnosed = guide.density(concentration, seen)  # centred where the guide is
+    u = torch.cat([a[:500]], -1)
+    torch.testing.assert_close(
+        torch.logsumexp(diagnosed(u) - guide.log_prob(u), 0) - math.log(500),
+        torch.tensor(evidence),
+        atol=0.03,
+        rtol=0,
+    )
+
+
+def test_angles_that_are_not_used_as_such_keep_the_priors_range():
+    def model():
+        a = pyro.sample("a", dist.VonMises(0.0, 1.0))
+        pyro.sample("y", dist.Normal(2 * a, 3.0), obs=torch.tensor(4.0))
+
+    density, grid = LatentDensity(model), torch.linspace(-6.0, 6.0, 2001)[:, None]
+    mass = torch.trapezoid(density(grid).exp(), grid[:, 0])
+    inside = torch.linspace(-math.pi, math.pi, 2001)
+    expected = dist.VonMises(0.0, 1.0).log_prob(inside)
+    expected = expected + dist.Normal(2 * inside, 3.0).log_prob(torch.tensor(4.0))
+    assert mass.item() == pytest.approx(torch.trapezoid(expected.exp(), inside).item(), rel=0.02)

@@ -233,7 +233,8 @@ class AutoFlow(AutoContinuous):
         self.setup(*args, **kwargs)
         names = [site["name"] for site in self._sites()]
         model, init = self._raw_model[0], self._init_loc_fn
-        return LatentDensity(model, args, kwargs, init_loc_fn=init, names=names)
+        centre = self._modules["transport"].loc.clone()
+        return LatentDensity(model, args, kwargs, init_loc_fn=init, names=names, centre=centre)
 
     def place(self, gaussian: Gaussian) -> None:
         """Start anew from a Gaussian: W and the location become its, A and f the identity."""

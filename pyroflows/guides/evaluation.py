@@ -32,9 +32,11 @@ __all__ = [
     "Inverse",
     "Labels",
     "exposed",
+    "is_circular",
     "is_discrete",
     "likelihoods",
     "marginal_terms",
+    "masked_out",
 ]
 
 
@@ -46,6 +48,45 @@ def is_discrete(site: Mapping[str, Any]) -> bool:
     return bool(getattr(fn, "has_enumerate_support", False)) or bool(
         getattr(getattr(fn, "support", None), "is_discrete", False)
     )
+
+
+def masked_out(site: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+    """Which entries of a latent's unconstrained value, of ``shape``, masks take the prior from.
+
+    None if none. By ``poutine.mask``, ``obs_mask`` or ``.mask()`` of the distribution, also inside
+    of ``to_event``.
+    """
+    fn, value = site["fn"], site["value"]
+    masks = [(site["mask"], fn.batch_shape)]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, MaskedDistribution):
+            masks.append((fn._mask, fn.batch_shape))
+        fn = fn.base_dist
+    out = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+    for mask, batch in masks:
+        if mask is None or mask is True:
+            continue
+        gone = ~torch.as_tensor(mask, device=value.device).broadcast_to(batch)
+        out = out | gone.reshape(batch + (1,) * (value.dim() - len(batch)))
+    if not out.any():
+        return None
+    if out.shape != shape:  # a simplex, say: it has its prior as a whole
+        batch = site["fn"].batch_shape
+        out = out.flatten(len(batch)).all(-1).reshape(batch + (1,) * (len(shape) - len(batch)))
+    return out.expand(shape)
+
+
+def is_circular(site: Mapping[str, Any]) -> bool:
+    """Whether a latent is made of angles, whose support Pyro calls real."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if type(fn).__name__ in _CIRCULAR:
+            return True
+        fn = fn.base_dist
+    return type(fn).__name__ in _CIRCULAR
+
+
+_CIRCULAR = {"VonMises", "SineBivariateVonMises", "SineSkewed"}
 
 
 def exposed(model: Callable) -> Callable:
@@ -65,30 +106,37 @@ class Evaluation(Messenger):
         unconstrained: Unconstrained value of each latent.
         nesting: Plate dimensions of the model: what lies to the left of them is a batch.
         adds: Whether to add up the sites' log-densities, or only Jacobians: where a trace does.
+        free: For some latents which entries nothing depends on, so that no Jacobian counts.
 
     Attributes:
         total: The log-density so far, Jacobians included; shape ``(*batch)`` or ``()``.
+        jacobian: What Jacobians add to it.
         values: Constrained value of each latent.
         supports: Support of each latent.
     """
 
     def __init__(
-        self, unconstrained: Mapping[str, Tensor], nesting: int, *, adds: bool = True
+        self,
+        unconstrained: Mapping[str, Tensor],
+        nesting: int,
+        *,
+        adds: bool = True,
+        free: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.unconstrained, self.nesting, self.adds = unconstrained, nesting, adds
+        self.free = free or {}
         self.total: Tensor | float = 0.0
+        self.jacobian: Tensor | float = 0.0
         self.values: dict[str, Tensor] = {}
         self.supports: dict[str, Any] = {}
 
-    def _add(self, terms: Tensor) -> None:
+    def _summed(self, terms: Tensor) -> Tensor:
         """Sum over the plates: what lies to the left of them is the batch."""
         n = terms.dim() - self.nesting
         if n <= 0:
-            terms = terms.sum()
-        elif self.nesting:
-            terms = terms.flatten(n).sum(-1)
-        self.total = self.total + terms
+            return terms.sum()
+        return terms.flatten(n).sum(-1) if self.nesting else terms
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         u = self.unconstrained.get(msg["name"])
@@ -100,8 +148,13 @@ class Evaluation(Messenger):
         transform = biject_to(support)
         msg["value"] = transform(u)
         log_det = transform.log_abs_det_jacobian(u, msg["value"])
+        free = self.free.get(msg["name"])
+        if free is not None:
+            inner = u.dim() - log_det.dim()  # dimensions that one Jacobian spans
+            log_det = torch.where(free.flatten(-inner).all(-1) if inner else free, 0.0, log_det)
         extra = msg["fn"].event_dim - (msg["value"].dim() - log_det.dim())
-        self._add(log_det.flatten(-extra).sum(-1) if extra > 0 else log_det)
+        log_det = self._summed(log_det.flatten(-extra).sum(-1) if extra > 0 else log_det)
+        self.total, self.jacobian = self.total + log_det, self.jacobian + log_det
         self.values[msg["name"]] = msg["value"]
         self.supports[msg["name"]] = support
 
@@ -109,7 +162,7 @@ class Evaluation(Messenger):
         if not self.adds or site_is_subsample(msg):
             return
         log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        self._add(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
+        self.total = self.total + self._summed(scale_and_mask(log_prob, msg["scale"], msg["mask"]))
 
 
 class Inverse(Messenger):

@@ -225,7 +225,8 @@ def _density_for(
 ) -> LatentDensity:
     """The model's density over the latents of the guide, which must be sites of the model."""
     own = {site["name"]: tuple(site["value"].shape) for site in guide._sites()}
-    density = LatentDensity(model, args, kwargs, init_loc_fn=guide._init_loc_fn, names=list(own))
+    init, centre = guide._init_loc_fn, guide._modules["transport"].loc.clone()
+    density = LatentDensity(model, args, kwargs, init_loc_fn=init, names=list(own), centre=centre)
     found = {s.name: s.value_shape for s in density.sites}
     if list(found.items()) != list(own.items()):
         raise ValueError(
@@ -256,17 +257,30 @@ def _begin(
             "fit_guide: neither the start, nor points around it, nor draws from the prior have a "
             "finite density together"
         )
-    frozen, temperature = density.frozen(), options.temperature
-    tempered = frozen if temperature == 1.0 else _Tempered(frozen, temperature)
-    left = options.deadline - time.monotonic()
-    result.prefit, result.candidates, result.num_gradients = prefit(
-        tempered,
-        start,
-        full_rank=transport.full_rank,
-        max_gradients=min(10_000, options.max_gradients // 5),
-        max_time=left / 2 if math.isfinite(left) else None,
-    )
+    for _ in range(3):  # again where it leaves the middle of the turn of an angle
+        before = density.centre
+        _prefit(density, start, transport.full_rank, options, result)
+        result.prefit.loc = density.recentre(result.prefit.loc)
+        start = result.prefit.loc.to(start)
+        moved = (density.centre - before)[density.circular].abs()
+        if not (moved > 0.5).any():
+            break
     guide.place(result.prefit)
+
+
+def _prefit(
+    density: LatentDensity, start: Tensor, full_rank: bool, options: Options, result: FitResult
+) -> None:
+    frozen, temperature = density.frozen(), options.temperature
+    left = options.deadline - time.monotonic()
+    result.prefit, result.candidates, used = prefit(
+        frozen if temperature == 1.0 else _Tempered(frozen, temperature),
+        start,
+        full_rank=full_rank,
+        max_gradients=min(10_000, options.max_gradients // 5),
+        max_time=max(0.0, left / 2) if math.isfinite(left) else None,
+    )
+    result.num_gradients += used
 
 
 @dataclass

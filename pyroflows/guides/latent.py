@@ -26,15 +26,18 @@ from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, transform_to
+from torch.nn.functional import logsigmoid
 
 from pyroflows.guides.evaluation import (
     Evaluation,
     Inverse,
     Labels,
     exposed,
+    is_circular,
     is_discrete,
     likelihoods,
     marginal_terms,
+    masked_out,
 )
 from pyroflows.guides.routes import (
     Failures,
@@ -122,6 +125,11 @@ class LatentDensity:
     :class:`~pyro.infer.TraceEnum_ELBO`, marked by ``config_enumerate`` or not; also those that a
     ``poutine.block`` around the model hides.
 
+    Entries of latents that a mask takes the prior from and on which nothing else depends
+    (``obs_mask``, ragged plates) have a standard normal as their density, unconstrained. Angles
+    (von Mises) count once: their density over the real line is multiplied by a smooth window of
+    one turn around a centre, whose copies add up to 1.
+
     Making one costs a run of the model; the decision about ten.
 
     Args:
@@ -130,6 +138,7 @@ class LatentDensity:
         kwargs: Its keyword arguments.
         init_loc_fn: Initial value of each site; see :mod:`pyro.infer.autoguide.initialization`.
         names: The latents to hold; other continuous ones are drawn from the model. All if None.
+        centre: Centre of the turn of each angle; shape ``(D,)``. ``init_loc`` if None.
 
     Attributes:
         sites: The latent sites, in the order in which the model meets them.
@@ -137,6 +146,9 @@ class LatentDensity:
         nesting: Number of plate dimensions of the model.
         init_loc: Flat vector of the initial values; shape ``(D,)``.
         enumerated: Names of the discrete latents that are summed out.
+        free: Entries on which nothing depends; shape ``(D,)``.
+        circular: Entries that are angles; shape ``(D,)``.
+        centre: Centre of the turn of each; shape ``(D,)``.
         failures: Points at which the model raised, so far.
 
     Raises:
@@ -151,6 +163,7 @@ class LatentDensity:
         *,
         init_loc_fn: Callable = init_to_median,
         names: Sequence[str] | None = None,
+        centre: Tensor | None = None,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs or {}
         init = InitMessenger(functools.partial(init_where_possible, init_loc_fn))
@@ -170,7 +183,7 @@ class LatentDensity:
         self._subsampled = any(f.full_size is not None and f.full_size != f.size for f in frames)
         self.sites: list[LatentSite] = []
         self.enumerated: list[str] = []
-        parts = []
+        parts, masked, angles = [], [], []
         for name, site in prune_subsample_sites(trace).iter_stochastic_nodes():
             if is_discrete(site):
                 self.enumerated.append(_summable(site))
@@ -184,6 +197,10 @@ class LatentDensity:
             shapes = tuple(value.shape), event_dim, tuple(site["value"].shape)
             self.sites.append(LatentSite(name, *shapes, start, value.numel()))
             parts.append(value.reshape(-1))
+            out = masked_out(site, tuple(value.shape))
+            gone = torch.zeros(value.shape, dtype=torch.bool) if out is None else out
+            masked.append(gone.reshape(-1).to(value.device))
+            angles.append(torch.full_like(masked[-1], is_circular(site)))
         missing = set(names or ()) - {s.name for s in self.sites}
         if missing:
             latents = [n for n, _ in prune_subsample_sites(trace).iter_stochastic_nodes()]
@@ -200,6 +217,65 @@ class LatentDensity:
         self._size: int | None = None
         self._random: bool | None = None
         self._seed: int | None = None
+        self._free_sites: dict[str, Tensor] = {}
+        self.circular, self.free = torch.cat(angles), torch.zeros_like(torch.cat(masked))
+        self._has_free, self._has_angles = False, bool(self.circular.any())
+        self.centre, self._blur = self.init_loc.clone() if centre is None else centre, 0.3
+        self._turns = self._has_angles and self._is_periodic()
+        if not self._turns:  # not used as angles: the values that the prior draws
+            self.centre, self._blur = torch.zeros_like(self.init_loc), 0.1
+        if any(bool(m.any()) for m in masked) and not self._subsampled:
+            self._find_free(torch.cat(masked))
+
+    def _is_periodic(self) -> bool:
+        """Whether the density is the same a turn further, as where angles are used as such."""
+        with preserved() as rewind, self._uncounted(), torch.no_grad():
+            here, _ = self._probes(rewind)
+            kept, self._has_angles = self._has_angles, False
+            turned = torch.stack([self._alone(u) for u in here + 2 * math.pi * self.circular])
+            plain = torch.stack([self._alone(u) for u in here])
+            self._has_angles = kept
+        return torch.allclose(turned, plain, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+    def recentre(self, loc: Tensor) -> Tensor:
+        """Centre the turns of angles at ``loc``, ``(D,)``, and return it, angles in [-pi, pi)."""
+        if not self._turns:
+            return loc
+        turned = torch.remainder(loc + math.pi, 2 * math.pi) - math.pi
+        loc = torch.where(self.circular, turned, loc)
+        self.centre = loc.to(self.init_loc)
+        return loc
+
+    def _find_free(self, masked: Tensor) -> None:
+        """Masked entries on which no log-density depends, at three points."""
+        free = masked
+        with preserved() as rewind, self._uncounted():
+            points, _ = self._probes(rewind)
+            for point in points:
+                u = point.clone().requires_grad_()
+                with torch.enable_grad():
+                    run = self.evaluate(u)
+                    rest = torch.as_tensor(run.total - run.jacobian) + 0.0 * u.sum()
+                    (grad,) = torch.autograd.grad(rest, u)
+                free = free & (grad == 0)
+        self.free, self._has_free = free, bool(free.any())
+        for s in self.sites:
+            own = free[s.start : s.start + s.size]
+            if bool(own.any()):
+                self._free_sites[s.name] = own.reshape(s.shape)
+
+    def _outside_of_the_model(self, u: Tensor) -> Tensor | float:
+        """Log-density of the entries that are free, and the windows of angles."""
+        extra: Tensor | float = 0.0
+        if self._has_free:
+            z = u[..., self.free]
+            extra = extra - 0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)
+        if self._has_angles:
+            away = (u - self.centre)[..., self.circular] / self._blur
+            half = math.pi / self._blur  # log of a difference of two logistic functions
+            window = logsigmoid(away + half) + logsigmoid(half - away)
+            extra = extra + (window + math.log(-math.expm1(-2 * half))).sum(-1)
+        return extra
 
     def _prototype(self, init: Callable, model: Callable) -> poutine.Trace:
         with torch.no_grad(), poutine.block():
@@ -219,14 +295,18 @@ class LatentDensity:
     def evaluate(self, u: Tensor) -> Evaluation:
         """Run the model once at ``u``, ``(D,)`` or natively ``(S, D)``; return what was seen."""
         unconstrained = {s.name: s.unpack(u, self.nesting) for s in self.sites}
-        run = Evaluation(unconstrained, self.nesting, adds=not self.enumerated)
+        run = Evaluation(
+            unconstrained, self.nesting, adds=not self.enumerated, free=self._free_sites
+        )
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
             if not self.enumerated:
                 with run:
                     self.model(*self.args, **self.kwargs)
-                return run
-            for term in marginal_terms(self._traced(run)):
-                run.total = run.total + term.sum()
+            else:
+                for term in marginal_terms(self._traced(run)):
+                    run.total = run.total + term.sum()
+        if self._has_free or self._has_angles:
+            run.total = run.total + self._outside_of_the_model(u)
         return run
 
     def trace(self, u: Tensor) -> poutine.Trace:
