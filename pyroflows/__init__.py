@@ -5,6 +5,7 @@ from typing import Any
 
 from pyroflows import bases, transforms
 from pyroflows.bijection import Bijection, Compose, Inverse, as_bijection
+from pyroflows.divergence import entropy, kl_divergence
 from pyroflows.flow import Flow
 from pyroflows.recipes import glow, glow_step, iaf, maf, neural_spline, nice, realnvp
 from pyroflows.training import fit
@@ -38,6 +39,7 @@ __all__ = [
     "as_bijection",
     "bases",
     "diagnose",
+    "entropy",
     "fit",
     "fit_guide",
     "fit_guide_to_draws",
@@ -46,6 +48,7 @@ __all__ = [
     "glow_step",
     "iaf",
     "importance_resample",
+    "kl_divergence",
     "maf",
     "neural_spline",
     "nice",

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from pyroflows.conditioners import Dense
 
@@ -26,6 +26,7 @@ __all__ = [
     "StandardNormal",
     "StudentT",
     "as_base",
+    "temper",
 ]
 
 Shape = int | Sequence[int]
@@ -275,3 +276,37 @@ def as_base(base: int | Distribution | nn.Module) -> nn.Module:
     raise TypeError(
         f"a base is a number of features, a distribution or a module; got {type(base).__name__}"
     )
+
+
+def temper(distribution: Distribution, noise: Tensor, temperature: float) -> Tensor:
+    """Return draws of a location-scale family, their distance to the location times a factor.
+
+    Args:
+        distribution: What the noise was drawn from.
+        noise: Draws.
+        temperature: Factor, 0 or more.
+
+    Raises:
+        ValueError: If the temperature is negative, or differs from 1 for another family.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 or more; got {temperature}")
+    if temperature == 1:
+        return noise
+    while isinstance(distribution, (torch.distributions.Independent, dist.ExpandedDistribution)):
+        distribution = distribution.base_dist
+    loc = getattr(distribution, "loc", None)
+    if loc is None or not _scales(distribution):
+        raise ValueError(
+            f"temperature scales noise about its location; {type(distribution).__name__} is no "
+            "location-scale family: use a normal, Laplace or Student-t base, or temperature=1"
+        )
+    return loc + temperature * (noise - loc)
+
+
+def _scales(distribution: Distribution) -> bool:
+    """Whether a distribution with a location is on the whole space, and not of angles."""
+    support = distribution.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return type(support) is type(constraints.real) and not isinstance(distribution, dist.VonMises)

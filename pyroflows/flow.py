@@ -1,6 +1,7 @@
 """Flow: a base and a bijection, together a distribution that learns."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -10,9 +11,10 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, VonMises, constraints
 
-from pyroflows import store
-from pyroflows.bases import Base, as_base
+from pyroflows import store, univariate
+from pyroflows.bases import Base, as_base, temper
 from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
+from pyroflows.divergence import entropy, kl_divergence, register_kl_of
 from pyroflows.transforms.standardization import Standardized, is_real
 
 __all__ = ["Flow", "FlowDistribution"]
@@ -31,6 +33,64 @@ class FlowDistribution(TransformedDistribution):
         (transform,) = self.transforms
         noise, log_det = transform.inverse_and_log_det(value)
         return self.base_dist.log_prob(noise) + log_det
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Return draws that carry gradients, and their log-densities, by one pass."""
+        (transform,) = self.transforms
+        noise = self.base_dist.rsample(torch.Size(sample_shape))
+        value, log_det = transform.forward_and_log_det(noise)
+        return value, self.base_dist.log_prob(noise) - log_det
+
+    def sample(self, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
+        """Return draws without gradient, shape ``sample_shape + batch_shape + event_shape``.
+
+        Args:
+            sample_shape: Shape of the draws.
+            temperature: Factor on the spread of the noise about its location, 0 or more; the base
+                must be a location-scale family.
+
+        Raises:
+            ValueError: If the temperature is negative, or the base no location-scale family.
+        """
+        with torch.no_grad():
+            return self._draw(self.base_dist.sample(torch.Size(sample_shape)), temperature)
+
+    def rsample(self, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
+        """Return draws that carry gradients; arguments and errors as in :meth:`sample`."""
+        return self._draw(self.base_dist.rsample(torch.Size(sample_shape)), temperature)
+
+    def _draw(self, noise: Tensor, temperature: float) -> Tensor:
+        (transform,) = self.transforms
+        return transform(temper(self.base_dist, noise, temperature))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Return P(Y ≤ value) of a flow of one dimension, of the shape of the log-density.
+
+        Args:
+            value: Shape ``(*batch, *event)``.
+
+        Raises:
+            NotImplementedError: If events have more than one number, or the base has no ``cdf``.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        return univariate.cdf(self.base_dist, self.transforms[0], value)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Return the y with P(Y ≤ y) = ``value``, of the shape of the log-density.
+
+        Raises:
+            ValueError: If a probability is outside [0, 1].
+            NotImplementedError: As :meth:`cdf`.
+        """
+        return univariate.icdf(self.base_dist, self.transforms[0], value)
+
+    def entropy(self, num_samples: int | None = None) -> Tensor:
+        """Return a Monte-Carlo estimate of the entropy in nats, shape ``batch_shape``.
+
+        It carries gradients. With its error: :func:`pyroflows.entropy`.
+        """
+        return entropy(self, num_samples)
 
 
 class Flow(PyroModule):
@@ -121,6 +181,8 @@ class Flow(PyroModule):
             transform = transform.condition(context)
         # NaN must show in its own row, so the check of a support without bounds is left out
         free = is_real(transform.codomain)
+        if not torch.compiler.is_compiling():
+            register_kl_of(FlowDistribution)
         return FlowDistribution(noise, transform, validate_args=False if free else None)
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
@@ -133,16 +195,107 @@ class Flow(PyroModule):
         return self.distribution(context).log_prob(value)
 
     def sample(
-        self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None
+        self,
+        sample_shape: int | Sequence[int] = (),
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
     ) -> Tensor:
-        """Return draws without gradient, shape ``(*sample_shape, *context batch, *event)``."""
-        return self.distribution(context).sample(_size(sample_shape))
+        """Return draws without gradient, shape ``(*sample_shape, *context batch, *event)``.
+
+        Args:
+            sample_shape: Number of draws, or their shape.
+            context: Shape ``(*batch, context_dim)``.
+            temperature: Factor on the spread of the noise about its location, as in Glow: below 1
+                for more typical draws, above for more varied ones. The draws are then not those
+                of :meth:`log_prob`.
+
+        Raises:
+            ValueError: If the temperature is negative, or differs from 1 for a base that is no
+                location-scale family.
+        """
+        return self.distribution(context).sample(_size(sample_shape), temperature=temperature)
 
     def rsample(
-        self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None
+        self,
+        sample_shape: int | Sequence[int] = (),
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
     ) -> Tensor:
-        """Return draws that carry gradients to the parameters; shape as :meth:`sample`."""
-        return self.distribution(context).rsample(_size(sample_shape))
+        """Return draws that carry gradients to the parameters; as :meth:`sample`."""
+        return self.distribution(context).rsample(_size(sample_shape), temperature=temperature)
+
+    def rsample_and_log_prob(
+        self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return draws that carry gradients and their log-densities, in one pass of noise to data.
+
+        Whatever is done to the draws afterwards; also where the other direction is slow (IAF).
+        """
+        return self.distribution(context).rsample_and_log_prob(_size(sample_shape))
+
+    def cdf(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return P(Y ≤ value) of a flow of one dimension, exact; shape as :meth:`log_prob`.
+
+        Args:
+            value: Shape ``(*batch, 1)``.
+            context: Shape ``(*batch, context_dim)``.
+
+        Raises:
+            NotImplementedError: If events have more than one number, or the base has no ``cdf``.
+        """
+        return self.distribution(context).cdf(value)
+
+    def icdf(self, p: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return quantiles of a flow of one dimension, shape ``(*batch, 1)``.
+
+        Args:
+            p: Probabilities, shape ``(*batch)``: that of :meth:`log_prob`.
+            context: Shape ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If a probability is outside [0, 1].
+            NotImplementedError: As :meth:`cdf`.
+        """
+        return self.distribution(context).icdf(p)
+
+    def entropy(
+        self,
+        num_samples: int | None = None,
+        context: Tensor | None = None,
+        *,
+        return_error: bool = False,
+    ) -> Any:
+        """Return a Monte-Carlo estimate of the entropy, in nats; see :func:`pyroflows.entropy`.
+
+        Args:
+            num_samples: Number of draws.
+            context: Shape ``(*batch, context_dim)``.
+            return_error: Whether to return its standard error too.
+        """
+        return entropy(self.distribution(context), num_samples, return_error=return_error)
+
+    def kl_divergence(
+        self,
+        other: "Flow | Distribution",
+        num_samples: int | None = None,
+        context: Tensor | None = None,
+        *,
+        return_error: bool = False,
+    ) -> Any:
+        """Return a Monte-Carlo estimate of KL(self || other); see :func:`pyroflows.kl_divergence`.
+
+        Args:
+            other: A distribution, or a flow, which gets the same context if it takes one.
+            num_samples: Number of draws from this flow.
+            context: Shape ``(*batch, context_dim)``.
+            return_error: Whether to return its standard error too.
+        """
+        if isinstance(other, Flow):
+            other = other.distribution(context if other.context_dim else None)
+        mine = self.distribution(context if self.context_dim else None)
+        return kl_divergence(mine, other, num_samples, return_error=return_error)
 
     @torch.no_grad()
     def standardize(

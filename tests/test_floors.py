@@ -14,7 +14,7 @@ FLOORS = {
     "scalar": 0, "splines": 0, "numerics": 0, "perceptron": 0, "memory": 0,
     "bijection": 1, "conditioners": 1, "store": 1,
     "transforms": 2, "bases": 2,
-    "flow": 3, "dequantization": 3,
+    "flow": 3, "dequantization": 3, "divergence": 3, "univariate": 3,
     "recipes": 4, "training": 4,
     "guides": 5, "tables": 5, "density": 5,
     "diagnostics": 6, "plots": 6, "cli": 6,
