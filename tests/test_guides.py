@@ -326,19 +326,7 @@ def test_two_guides_of_one_name_do_not_share_parameters():
     assert first()["x"].abs().max() < 1
 
 
-def test_local_latents_of_a_subsampled_plate_are_refused_by_name():
-    def model(x):
-        m = pyro.sample("m", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 50, subsample_size=10):
-            pyro.sample("local", dist.Normal(m, 1.0))
-
-    with pytest.raises(ValueError, match="'local'.*'rows'"):
-        AutoFlow(model).setup(torch.zeros(50))
-
-
-def test_no_latents_and_bad_arguments():
-    with pytest.raises(RuntimeError, match="no latent"):
-        AutoFlow(lambda: None).setup()
+def test_bad_arguments():
     with pytest.raises(ValueError, match="init_scale"):
         AutoFlow(lambda: None, init_scale=0.0)
     with pytest.raises(ValueError, match="flow must be one of"):

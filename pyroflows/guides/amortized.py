@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,9 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
-from pyro.infer.autoguide import AutoGuide, init_to_median
-from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide import init_to_median
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
@@ -25,7 +22,8 @@ from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
 from pyroflows.conditioners import Dense, Free
 from pyroflows.guides.autoflow import AutoFlow
-from pyroflows.guides.latent import init_where_possible
+from pyroflows.guides.saving import SavedGuide
+from pyroflows.guides.supports import fixed_rows, placed
 from pyroflows.guides.transport import who_moves
 from pyroflows.scalar import Affine
 from pyroflows.transforms.coupling import Coupling
@@ -63,7 +61,7 @@ def local_flow(
     return Compose(layers)
 
 
-class AmortizedFlow(AutoGuide):
+class AmortizedFlow(SavedGuide):
     r"""A guide for models with latents inside a plate, subsampled or not.
 
     .. math:: q(z_{\text{global}})\,\prod_i q(z_i \mid h(x_i),\, z_{\text{global}})
@@ -86,18 +84,21 @@ class AmortizedFlow(AutoGuide):
             none is subsampled.
         init_loc_fn: As in :class:`AutoFlow`; for the global latents.
         init_scale: As in :class:`AutoFlow`.
-        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`; needed where batches vary in
-            size.
+        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`. Not needed for batches of
+            varying size, nor for rows that the model's arguments choose: see
+            :meth:`SavedGuide._create_plates` for what that costs.
         name: As in :class:`AutoFlow`.
 
     Raises:
         ValueError: When the model is first seen, if it has no local latents or they lie in
-            different plates.
+            different plates; at any call, if data or features do not have the plates' rows.
 
     References:
         Kingma, Welling (2014), Auto-encoding variational Bayes. arXiv:1312.6114
         Rezende, Mohamed (2015), Variational inference with normalizing flows. arXiv:1505.05770
     """
+
+    _functions = (*SavedGuide._functions, "_inputs", "_flow", "_local")
 
     def __init__(
         self,
@@ -114,21 +115,26 @@ class AmortizedFlow(AutoGuide):
         create_plates: Callable | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(model, create_plates=create_plates)
-        self._pyro_name = name or self._pyro_name
+        super().__init__(model, init_loc_fn=init_loc_fn, create_plates=create_plates, name=name)
         self.encoder, self.encoder_dim = encoder, encoder_dim
-        self._inputs = inputs or (lambda *args, **kwargs: args[0])
+        self._inputs, self._init_scale = inputs or _first_argument, init_scale
         self._flow, self._local, self._local_names = flow, local or local_flow, local_names
-        self._init_loc_fn, self._init_scale = init_loc_fn, init_scale
 
-    def setup(self, *args: Any, **kwargs: Any) -> AmortizedFlow:
-        """Run the model once with these arguments, create the parameters, and return self."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+    def attach(self, model: Callable) -> AmortizedFlow:
+        """Give the guide, one from a file say, its model; return self."""
+        super().attach(model)
+        if "global_guide" in self._modules:
+            self._modules["global_guide"].attach(poutine.block(model, hide=self._names))
+        return self
+
+    @property
+    def _follows_plates(self) -> bool:
+        return True
+
+    def _adopt(self) -> None:
         for name in ("encoder", "local_transform"):
             if store.is_loaded(f"{self._pyro_name}.{name}"):
                 self._claim(name, store.claim)
-        return self
 
     def _claim(self, name: str, how: Callable) -> None:
         """Claim or register what the global guide does not look after."""
@@ -146,45 +152,46 @@ class AmortizedFlow(AutoGuide):
         return self._modules[name]
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        model: Any = self.__dict__["_model"]  # past PyroModule, whose typing is lost on it
-        init = functools.partial(init_where_possible, self._init_loc_fn)
-        self._model = (InitMessenger(init)(model[0]),)
-        try:
-            super()._setup_prototype(*args, **kwargs)
-        finally:
-            self._model = model
+        self._see(*args, **kwargs)
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        self._names = names = self._find_local(sites)
+        self.local_sites = [_LocalSite(sites[n]) for n in names]
+        self._frames = list(sites[names[0]]["cond_indep_stack"])
+        self.local_dim, self.global_dim = sum(s.size for s in self.local_sites), 0
+        if len(names) < len(sites):
+            self.global_guide = AutoFlow(
+                poutine.block(self.raw_model, hide=names),
+                flow=self._flow,
+                init_loc_fn=self._init_loc_fn,
+                init_scale=self._init_scale,
+            )
+            self.global_guide.setup(*args, **kwargs)
+            self.global_dim = self.global_guide.latent_dim
+        self._find_moving(names, args, kwargs)
+        made = self._local(self.local_dim, self.encoder_dim + self.global_dim)
+        self.local_transform = as_bijection(made).to(sites[names[0]]["value"])
+
+    def _find_local(self, sites: dict[str, Any]) -> list[str]:
         names = (
             self._local_names
             or _inside_plates(sites, subsampled=True)
             or _inside_plates(sites, subsampled=False)
         )
+        unknown = [n for n in names if n not in sites]
+        if unknown:
+            raise ValueError(
+                f"AmortizedFlow: local_names {unknown} are no latents; there are {list(sites)}"
+            )
         if not names:
             raise ValueError(
                 "AmortizedFlow: the model has no latents inside a plate; use AutoFlow"
             )
         stacks = {tuple(sorted(f.name for f in sites[n]["cond_indep_stack"])) for n in names}
-        if len(stacks) > 1:
+        if len(stacks) > 1 or () in stacks:
             raise ValueError(
                 f"AmortizedFlow: local latents lie in different plates: {sorted(stacks)}"
             )
-        self.local_sites = [_LocalSite(sites[n]) for n in sites if n in names]
-        self._frames = list(sites[names[0]]["cond_indep_stack"])
-        self.local_dim = sum(s.size for s in self.local_sites)
-        self.global_dim = 0
-        like = sites[names[0]]["value"]
-        if len(names) < len(sites):
-            guide = AutoFlow(
-                poutine.block(self.model, hide=names),
-                flow=self._flow,
-                init_loc_fn=self._init_loc_fn,
-                init_scale=self._init_scale,
-            )
-            self.global_guide = guide
-            self.global_guide.setup(*args, **kwargs)
-            self.global_dim = guide.latent_dim
-        made = self._local(self.local_dim, self.encoder_dim + self.global_dim)
-        self.local_transform = as_bijection(made).to(like)
+        return [n for n in sites if n in names]
 
     def _check_prototype(self, part_trace: poutine.Trace) -> None:
         """Asked by the global guide, whose model is a part of this one: nothing to check."""
@@ -204,60 +211,125 @@ class AmortizedFlow(AutoGuide):
         self.setup(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         result: dict[str, Tensor] = {}
-        global_part = None
+        shared = None
         if self.global_dim:
-            result = dict(self.global_guide(*args, **kwargs))
-            global_part = self._flatten_globals(result)
-        data = self._inputs(*args, **kwargs)
+            result, shared = self.global_guide.draw(*args, **kwargs)
+        rows = {}
+        with ExitStack() as stack:
+            for frame in self._frames:
+                rows[frame.name] = stack.enter_context(plates[frame.name])
+            latent = pyro.sample(
+                f"_{self._pyro_name}_local",
+                self.local_posterior(self._context(shared, args, kwargs)),
+                infer={"is_auxiliary": True},
+            )
+        unpacked = self._unpack(latent)
+        if self._moving:
+            places = self._model_supports.places(
+                self.raw_model, args, kwargs, unpacked, result, rows
+            )
+        else:
+            places = {
+                s.name: placed(unpacked[s.name], s.support, s.event_dim) for s in self.local_sites
+            }
         with ExitStack() as stack:
             for frame in self._frames:
                 stack.enter_context(plates[frame.name])
-            depth = max(-frame.dim for frame in self._frames)
-            features = self._part("encoder")(self._rows(data, depth))
-            context = features if global_part is None else _join(features, global_part)
-            latent = pyro.sample(
-                f"_{self._pyro_name}_local",
-                self.local_posterior(context),
-                infer={"is_auxiliary": True},
-            )
-            start = 0
             for site in self.local_sites:
-                u = latent[..., start : start + site.size].reshape(
-                    latent.shape[:-1] + site.event_shape
-                )
-                start += site.size
-                transform = biject_to(site.support)
-                value = transform(u)
-                log_det = transform.log_abs_det_jacobian(u, value)
-                log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + site.event_dim)
-                delta = dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
-                result[site.name] = pyro.sample(site.name, delta)
-        return result
+                result[site.name] = pyro.sample(site.name, places[site.name])
+        return {name: result[name] for name, _ in self.prototype_trace.iter_stochastic_nodes()}
+
+    def _unpack(self, latent: Tensor) -> dict[str, Tensor]:
+        parts = latent.split([site.size for site in self.local_sites], -1)
+        return {
+            site.name: part.reshape(latent.shape[:-1] + site.event_shape)
+            for site, part in zip(self.local_sites, parts, strict=True)
+        }
+
+    def _context(self, shared: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """What the local flow sees, inside the plates: features and the global vector."""
+        depth = max(-frame.dim for frame in self._frames)
+        rows = self._rows(self._inputs(*args, **kwargs), depth)
+        features = self._part("encoder")(rows)
+        sizes = {f.dim: self.plates[f.name].subsample_size for f in self._frames}
+        expected = (*(sizes.get(dim, 1) for dim in range(-depth, 0)), self.encoder_dim)
+        got = tuple(features.shape[-1 - depth :])
+        if (
+            len(got) != len(expected)
+            or any(a not in (1, b) for a, b in zip(got[:-1], expected[:-1], strict=True))
+            or got[-1] != expected[-1]
+        ):
+            raise ValueError(
+                f"AmortizedFlow: for data of shape {tuple(rows.shape)} the encoder gave features "
+                f"of shape {tuple(features.shape)}; expected {expected}: the plates, then "
+                "encoder_dim"
+            )
+        return features if shared is None else _join(features, shared)
 
     def _rows(self, data: Tensor, depth: int) -> Tensor:
         """The rows of ``data`` that the plates chose; a batch stays as it is."""
-        axes = [(depth + frame.dim, frame) for frame in self._frames]
-        if all(data.shape[axis] in (1, self.plates[frame.name].size) for axis, frame in axes):
+        if not isinstance(data, Tensor) or data.dim() < depth:
+            raise ValueError(
+                "AmortizedFlow: the data to encode must be a tensor whose leading "
+                f"{depth} axes are the plates'; got "
+                f"{tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__}. "
+                "Say with inputs= where it is among the model's arguments"
+            )
+        sizes = {f: data.shape[depth + f.dim] for f in self._frames}
+        plates = {f: self.plates[f.name] for f in self._frames}
+        if all(n in (1, plates[f].size) for f, n in sizes.items()):
             return pyro.subsample(data, event_dim=data.dim() - depth)
+        for frame, n in sizes.items():
+            if n not in (1, plates[frame].subsample_size):
+                raise ValueError(
+                    f"AmortizedFlow: plate '{frame.name}' has {plates[frame].size} rows, of which "
+                    f"the model takes {plates[frame].subsample_size}; the data to encode has {n}"
+                )
         return data
 
-    def _flatten_globals(self, values: dict[str, Tensor]) -> Tensor:
-        """Unconstrained globals, ``(*particles, *ones, global_dim)``, a one for each plate."""
-        parts, batch = [], torch.Size()
-        for name, site in self.global_guide.prototype_trace.iter_stochastic_nodes():
-            u, value = biject_to(site["fn"].support).inv(values[name]), values[name]
-            particles = value.shape[: max(0, value.dim() - site["value"].dim())]
-            plates = value.dim() - site["fn"].event_dim - len(particles)
-            batch = particles + (1,) * plates if particles.numel() > 1 else torch.Size()
-            parts.append(u.reshape(particles.numel(), -1))
-        return torch.cat(parts, -1).reshape(batch + (-1,))
+    # ------------------------------------------------------------------------------------------
+    # using the posterior
 
     @torch.no_grad()
+    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of every site, ``(num_samples, *site)``, all of the same rows of the plates."""
+        self.setup(*args, **kwargs)
+        with poutine.block():
+            plates = self._create_plates(*args, **kwargs)
+            rows = {}
+            for name, plate in plates.items():
+                with plate as index:
+                    rows[name] = index
+            nesting = max(-frame.dim for frame in self._prototype_frames.values())
+            draws = pyro.plate("_draws", num_samples, dim=-1 - nesting)
+            with fixed_rows(rows), draws:
+                values = self(*args, **kwargs)
+        found = {}
+        for name, value in values.items():
+            site = self.prototype_trace.nodes[name]
+            lead = value.dim() - site["value"].dim()
+            found[name] = value.reshape(num_samples, *value.shape[lead:]) if lead else value
+        return found
+
+    @torch.no_grad()
+    def quantiles(
+        self,
+        quantiles: Sequence[float] | Tensor,
+        *args: Any,
+        num_samples: int = 1001,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Quantiles of each site over draws at these arguments, ``(len(quantiles), *site)``."""
+        draws = self.sample_posterior(num_samples, *args, **kwargs)
+        return {
+            name: torch.quantile(d, torch.as_tensor(quantiles).to(d), dim=0)
+            for name, d in draws.items()
+        }
+
     def median(self, *args: Any, num_samples: int = 201, **kwargs: Any) -> dict[str, Tensor]:
         """Median of each site over draws at these arguments."""
-        with poutine.block():
-            draws = [self(*args, **kwargs) for _ in range(num_samples)]
-        return {name: torch.stack([d[name] for d in draws]).median(0).values for name in draws[0]}
+        draws = self.sample_posterior(num_samples, *args, **kwargs)
+        return {name: d.median(0).values for name, d in draws.items()}
 
 
 class _LocalSite:
@@ -274,6 +346,15 @@ class _LocalSite:
         event_dim = self.event_dim + u.dim() - site["value"].dim()
         self.event_shape = u.shape[u.dim() - event_dim :]
         self.size = math.prod(self.event_shape)
+
+
+def _first_argument(*args: Any, **kwargs: Any) -> Tensor:
+    if not args:
+        raise ValueError(
+            "AmortizedFlow encodes the model's first argument, and there is none by position: say "
+            "with inputs= what to encode"
+        )
+    return args[0]
 
 
 def _inside_plates(sites: dict[str, Any], subsampled: bool) -> list[str]:

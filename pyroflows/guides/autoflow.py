@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.runtime import am_i_wrapped
@@ -21,8 +19,15 @@ from torch.distributions import Transform, biject_to
 
 from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
-from pyroflows.guides.latent import LatentDensity, init_where_possible
+from pyroflows.guides.latent import LatentDensity
+from pyroflows.guides.local import LocalNormals
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
+from pyroflows.guides.saving import SavedGuide, is_subsampled
+from pyroflows.guides.supports import (
+    Placed,
+    placed,
+    unplaced,
+)
 from pyroflows.guides.transport import Transport, posterior_flow
 
 __all__ = ["AutoFlow"]
@@ -31,7 +36,7 @@ _INIT = init_to_median(num_samples=101)  # Pyro's 15 draws leave the start a thi
 _FULL_RANK_UP_TO = 300  # latents; beyond, the triangular matrices become diagonal
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(SavedGuide, AutoContinuous):
     r"""A flow posterior over all latents of a model, at the right place and scale from the start.
 
     .. math:: u = \mu + W\,(b + A f(z)), \qquad z \sim N(0, I),
@@ -43,6 +48,11 @@ class AutoFlow(AutoContinuous):
 
     It is an :class:`~pyro.infer.autoguide.AutoContinuous` and works wherever one does. All
     trainable numbers are one parameter, ``packed``: a step of SVI costs one message.
+
+    Latents inside a subsampled plate are not the flow's: each row of the whole plate has a normal
+    of its own, linear in the flow's noise (:class:`~pyroflows.guides.local.LocalNormals`), which
+    costs parameters in proportion to the plate. An :class:`AmortizedFlow` learns a network
+    instead.
 
     Args:
         model: The model. Its latents must be continuous; supports may depend on other sites.
@@ -57,13 +67,14 @@ class AutoFlow(AutoContinuous):
         name: Name in Pyro's param store; the class's if None. One guide of a name at a time.
 
     Raises:
-        ValueError: When the model is first seen: for discrete latents, and for latents inside a
-            subsampled plate, which need an amortized guide; the message names the site.
+        ValueError: When the model is first seen, for discrete latents; the message names the site.
 
     References:
         Kingma et al. (2016), Improved variational inference with inverse autoregressive flow.
         arXiv:1606.04934
     """
+
+    _functions = (*SavedGuide._functions, "_flow")
 
     def __init__(
         self,
@@ -78,23 +89,16 @@ class AutoFlow(AutoContinuous):
     ) -> None:
         if not init_scale > 0:
             raise ValueError(f"AutoFlow: init_scale must be positive; got {init_scale}")
-        super().__init__(model, init_loc_fn=functools.partial(init_where_possible, init_loc_fn))
-        self.create_plates = create_plates
-        self._pyro_name = name or self._pyro_name
+        super().__init__(model, init_loc_fn=init_loc_fn, create_plates=create_plates, name=name)
         self._flow, self._init_scale, self._full_rank = flow, init_scale, full_rank
-        self._raw_model, self._init_loc_fn = (model,), init_loc_fn
-        self._pending_state: dict[str, Any] | None = None
+        self.latent_dim, self.local = 0, None
 
     # ------------------------------------------------------------------------------------------
     # seeing the model
 
-    def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
-        """Run the model once with these arguments, create the parameters, and return self."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+    def _adopt(self) -> None:
         if store.is_loaded(self._pyro_name):
             store.claim(self._pyro_name, self, whole=False, inherit=False)
-        return self
 
     @staticmethod
     def _prototype_hide_fn(msg: dict[str, Any]) -> bool:
@@ -102,45 +106,46 @@ class AutoFlow(AutoContinuous):
         return prototype_hide_fn(msg) or bool(msg["infer"].get("enumerate"))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        for name, stack in self._cond_indep_stacks.items():
-            for frame in stack:
-                if frame.full_size is not None and frame.full_size != frame.size:
-                    raise ValueError(
-                        f"AutoFlow: latent site '{name}' is local to the subsampled plate "
-                        f"'{frame.name}' ({frame.size} of {frame.full_size}), so one flow cannot "
-                        "hold it. Use AmortizedFlow, or "
-                        f"hide the site: AutoFlow(poutine.block(model, hide=['{name}']))"
-                    )
-        self._moving_supports = self._find_moving_supports(args, kwargs)
-        loc = self._init_loc()
-        full_rank = (
-            self.latent_dim <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
-        )
-        self.transport = Transport(
-            _make_flow(self._flow, self.latent_dim),
-            loc,
-            init_scale=self._init_scale,
-            full_rank=full_rank,
-        )
-        self._parameters["packed"] = nn.Parameter(self.transport.initial.clone())
+        self._see(*args, **kwargs)
+        starts = self._starts()
+        local = {n: (s, u) for n, (s, u) in starts.items() if is_subsampled(s)}
+        parts = [u.reshape(-1) for n, (_, u) in starts.items() if n not in local]
+        self._shared = [n for n in starts if n not in local]
+        self._unconstrained_shapes = {n: u.shape for n, (_, u) in starts.items()}
+        self._cond_indep_stacks = {n: s["cond_indep_stack"] for n, (s, _) in starts.items()}
+        self.latent_dim = sum(len(part) for part in parts)
+        if parts:
+            self._make_transport(torch.cat(parts))
+        if local:
+            self.local = LocalNormals(local, self._init_scale, self.latent_dim)
+        self._fixed_supports = {n: s["fn"].support for n, (s, _) in starts.items()}
+        self._event_dims = {n: s["fn"].event_dim for n, (s, _) in starts.items()}
+        self._find_moving(list(starts), args, kwargs)
         if self.master is None:
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam asks for them
-        if self._pending_state is not None:
-            state, self._pending_state = self._pending_state, None
-            self.load_state_dict(state)
 
-    def _find_moving_supports(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether supports depend on other sites; then the guide runs the model to know them."""
-        sites = dict(self.prototype_trace.iter_stochastic_nodes())
-        if not any(_has_tensors(site["fn"].support) for site in sites.values()):
-            return False
-        density = LatentDensity(self._raw_model[0], args, kwargs, init_loc_fn=self._init_loc_fn)
-        step = normal_points(1, density.dim, like=density.init_loc, seed=5)[0]
-        with torch.no_grad():
-            there, here = (density.evaluate(density.init_loc + s * step).supports for s in (1, -1))
-        return any(_differ(there[name], here[name]) for name in sites if name in there)
+    @property
+    def holds_all(self) -> bool:
+        """Whether one flow holds every latent: none is local to a subsampled plate."""
+        return bool(self._shared) and not self._follows_plates
+
+    @property
+    def _follows_plates(self) -> bool:
+        return len(self._shared) < len(self._fixed_supports)
+
+    def _make_transport(self, loc: Tensor) -> None:
+        full_rank = len(loc) <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
+        flow = _make_flow(self._flow, len(loc))
+        self.transport = Transport(flow, loc, init_scale=self._init_scale, full_rank=full_rank)
+        self._parameters["packed"] = nn.Parameter(self.transport.initial.clone())
+
+    def _starts(self) -> dict[str, tuple[dict[str, Any], Tensor]]:
+        """Each latent site and its initial unconstrained value."""
+        return {
+            name: (site, biject_to(site["fn"].support).inv(site["value"]))
+            for name, site in self.prototype_trace.iter_stochastic_nodes()
+        }
 
     # ------------------------------------------------------------------------------------------
     # the posterior
@@ -157,64 +162,118 @@ class AutoFlow(AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The map from noise to unconstrained latents, with the present parameters."""
         self.setup(*args, **kwargs)
+        if not self.latent_dim:
+            raise RuntimeError(
+                "AutoFlow: the model has no latents outside of subsampled plates, so there is no "
+                "flow"
+            )
         # past PyroModule's attribute access, which would register every tensor below by itself
         transport, packed = self._modules["transport"], self._parameters["packed"]
-        if am_i_wrapped() and self._pyro_context.active:
-            store.claim(self._pyro_name, self, whole=False, inherit=False)
+        if self._claim():
             packed = self.packed
         return transport.at(packed)
+
+    def _claim(self) -> bool:
+        """Within inference, make the name in Pyro's store this guide's; whether it is."""
+        inside = am_i_wrapped() and self._pyro_context.active
+        if inside:
+            store.claim(self._pyro_name, self, whole=False, inherit=False)
+        return inside
+
+    @property
+    def transform(self) -> Bijection:
+        """The map from noise to unconstrained latents; see :meth:`get_transform`."""
+        return self.get_transform()
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """Distribution of the unconstrained latents, event shape ``(D,)``."""
         transform = self.get_transform(*args, **kwargs)
         vector, held = transform._parameters["vector"], self.__dict__.get("_posterior")
         if held is None or held[0] is not vector or held[1] is not transform.loc:
-            made = dist.TransformedDistribution(
-                self.get_base_dist(), [transform], validate_args=False
-            )
+            made = FlowPosterior(self.get_base_dist(), [transform], validate_args=False)
             held = self.__dict__["_posterior"] = (vector, transform.loc, made)
         return held[2]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site; see :class:`~pyro.infer.autoguide.AutoContinuous`."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        latent = self.sample_latent(*args, **kwargs)
+        return self.draw(*args, **kwargs)[0]
+
+    def draw(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Sample every latent site; return also the flow's vector, ``(*particles, D)``."""
+        self.setup(*args, **kwargs)
+        latent = self.sample_latent(*args, **kwargs) if self.latent_dim else None
         plates = self._create_plates(*args, **kwargs)
-        seen = self._run_model(latent, args, kwargs) if self._moving_supports else None
+        unpacked = {} if latent is None else {s["name"]: u for s, u in self._unpack_latent(latent)}
+        if len(unpacked) < len(self._fixed_supports):
+            unpacked.update(self._draw_local(latent, plates))
+        places = self._places(unpacked, plates, args, kwargs)
         result = {}
-        for site, u in self._unpack_latent(latent):
-            name, event_dim = site["name"], site["fn"].event_dim
-            transform = biject_to(seen.supports[name] if seen else site["fn"].support)
-            value = seen.values[name] if seen else transform(u)
-            log_density: Tensor | float = 0.0
-            if poutine.get_mask() is not False:
-                log_det = transform.log_abs_det_jacobian(u, value)
-                log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
-            delta = dist.Delta(value, log_density, event_dim=event_dim, validate_args=False)
+        for name in self._fixed_supports:
             with ExitStack() as stack:
                 for frame in self._cond_indep_stacks[name]:
                     stack.enter_context(plates[frame.name])
-                result[name] = pyro.sample(name, delta)
-        return result
+                result[name] = pyro.sample(name, places[name])
+        return result, latent
 
-    def _run_model(self, latent: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run the model at packed latents to see its supports."""
-        run = _Seen({site["name"]: u for site, u in self._unpack_latent(latent)})
-        with poutine.block(), poutine.mask(mask=False), run:
-            self._raw_model[0](*args, **kwargs)
-        return run
+    def _draw_local(self, latent: Tensor | None, plates: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Unconstrained latents of the rows in the subsampled plates, given the flow's vector."""
+        z = None if latent is None else self.get_posterior().transforms[0].inv(latent)
+        self._claim()
+        drawn, local = {}, self.local
+        for name in local:
+            with ExitStack() as stack:
+                for frame in self._cond_indep_stacks[name]:
+                    stack.enter_context(plates[frame.name])
+                drawn[name] = pyro.sample(
+                    f"{name}_unconstrained",
+                    local.posterior(name, z),
+                    infer={"is_auxiliary": True},
+                )
+        return drawn
+
+    def _places(
+        self,
+        unpacked: Mapping[str, Tensor],
+        plates: Mapping[str, Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Mapping[str, Placed]:
+        """Each site's value and log-Jacobian; by a run of the model if supports move."""
+        if not self._moving:
+            return {
+                name: placed(unpacked[name], support, self._event_dims[name])
+                for name, support in self._fixed_supports.items()
+            }
+        rows = {}
+        for name, plate in plates.items():
+            with plate as index:
+                rows[name] = index
+        return self._model_supports.places(self.raw_model, args, kwargs, unpacked, {}, rows)
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Site and unconstrained value, the batch of ``latent`` left of all plates."""
+        position = 0
+        for site in self._sites():
+            shape = self._unconstrained_shapes[site["name"]]
+            event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
+            size = math.prod(shape)
+            shape = torch.broadcast_shapes(shape, latent.shape[:-1] + (1,) * event_dim)
+            yield site, latent[..., position : position + size].reshape(shape)
+            position += size
 
     def _constrain(
         self, latent: Tensor, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
-        """Values of the sites at ``latent``, ``(*batch, D)``; each ``(*batch, *site)``."""
-        nesting = max(len(s["fn"].batch_shape) for s in self._sites())
-        batch = latent.shape[:-1]
-        spread = latent.reshape((-1,) + (1,) * nesting + latent.shape[-1:]) if batch else latent
-        if self._moving_supports:
-            values = self._run_model(spread, args, kwargs or {}).values
+        """Values of the shared sites at ``latent``, ``(*batch, D)``; each ``(*batch, *site)``."""
+        if not self.latent_dim:
+            return {}
+        batch, flat = latent.shape[:-1], latent.reshape(-1, self.latent_dim)
+        if self._moving:
+            with poutine.block():
+                values = self.density(*args, **(kwargs or {})).constrain(flat)
         else:
+            nesting = max(len(s["fn"].batch_shape) for s in self._sites())
+            spread = flat.reshape(len(flat), *(1,) * nesting, self.latent_dim)
             values = {
                 s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(spread)
             }
@@ -223,7 +282,8 @@ class AutoFlow(AutoContinuous):
         }
 
     def _sites(self) -> list[dict[str, Any]]:
-        return [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        """Sites that the flow holds: all but the local ones of subsampled plates."""
+        return [self.prototype_trace.nodes[name] for name in self._shared]
 
     # ------------------------------------------------------------------------------------------
     # pre-fit
@@ -231,10 +291,13 @@ class AutoFlow(AutoContinuous):
     def density(self, *args: Any, **kwargs: Any) -> LatentDensity:
         """The model's log-density on the flat vector that this guide's flow describes."""
         self.setup(*args, **kwargs)
-        names = [site["name"] for site in self._sites()]
-        model, init = self._raw_model[0], self._init_loc_fn
+        if not self.latent_dim:
+            raise RuntimeError("AutoFlow: the model has no latents that the flow holds")
+        model, init = self.raw_model, self._init_loc_fn
         centre = self._modules["transport"].loc.clone()
-        return LatentDensity(model, args, kwargs, init_loc_fn=init, names=names, centre=centre)
+        return LatentDensity(
+            model, args, kwargs, init_loc_fn=init, names=self._shared, centre=centre
+        )
 
     def place(self, gaussian: Gaussian) -> None:
         """Start anew from a Gaussian: W and the location become its, A and f the identity."""
@@ -259,9 +322,17 @@ class AutoFlow(AutoContinuous):
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Independent draws of every site, ``(num_samples, *site)``."""
+        """Independent draws of every site, ``(num_samples, *site)``; of all rows of a plate."""
         self.setup(*args, **kwargs)
-        return self._constrain(self.get_posterior().sample((num_samples,)), args, kwargs)
+        z = self.get_base_dist().sample((num_samples,)) if self.latent_dim else None
+        values = {} if z is None else self._constrain(self.get_transform()(z), args, kwargs)
+        for name in self.local or ():
+            self._check_still(name)
+            values[name] = self.local.sample(name, num_samples, z)
+        return self._ordered(values)
+
+    def _ordered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: values[name] for name in self._fixed_supports}
 
     def log_prob(self, values: Mapping[str, Tensor] | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the guide at points from anywhere, shape batch.
@@ -269,34 +340,76 @@ class AutoFlow(AutoContinuous):
         Args:
             values: A dict of constrained values ``(*batch, *site)`` with every latent site, giving
                 the density of the constrained values; or a tensor of unconstrained latents
-                ``(*batch, D)``, giving theirs.
+                ``(*batch, D)``, giving theirs. Sites of subsampled plates come with all rows.
             *args: Arguments of the model, needed if supports depend on other sites.
             **kwargs: Its keyword arguments.
+
+        Raises:
+            ValueError: If the value of a latent site is missing, or has a wrong shape.
         """
         self.setup(*args, **kwargs)
         if isinstance(values, Tensor):
             return self.get_posterior().log_prob(values)
-        missing = [s["name"] for s in self._sites() if s["name"] not in values]
+        missing = [name for name in self._fixed_supports if name not in values]
         if missing:
             raise ValueError(
                 f"AutoFlow.log_prob needs a value for every latent site; missing: {missing}"
             )
-        supports: Mapping[str, Any] = {s["name"]: s["fn"].support for s in self._sites()}
-        if self._moving_supports:
-            run = _Seen({}, values)
-            with poutine.block(), poutine.mask(mask=False), run:
-                self._raw_model[0](*args, **kwargs)
-            supports = run.supports
-        parts, log_det = [], 0.0
-        for site in self._sites():
-            value, transform = values[site["name"]], biject_to(supports[site["name"]])
-            batch = value.shape[: value.dim() - site["value"].dim()]
-            u = transform.inv(value)
-            log_det = log_det + transform.log_abs_det_jacobian(u, value).reshape(
-                batch + (-1,)
-            ).sum(-1)
-            parts.append(u.reshape(batch + (-1,)))
-        return self.get_posterior().log_prob(torch.cat(parts, -1)) - log_det
+        total: Any = 0.0
+        z = None
+        if self.latent_dim:
+            u, log_det = self._unconstrain(values, args, kwargs)
+            z, log_det_noise = self.get_transform().inverse_and_log_det(u)
+            total = self.get_base_dist().log_prob(z) + log_det_noise - log_det
+        for name in self.local or ():
+            self._check_still(name)
+            total = total + self.local.log_prob(name, values[name], z)
+        return total
+
+    def _check_still(self, name: str) -> None:
+        if name in self._moving:
+            raise NotImplementedError(
+                f"the support of '{name}' depends on other sites, and the site lies in a "
+                "subsampled plate: only the model's own rows are known. Use "
+                "Predictive(model, guide=guide)"
+            )
+
+    def _unconstrain(
+        self, values: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The flow's vector ``(*batch, D)`` of values, and log|det| of constraining it."""
+        sites = self._sites()
+        shapes = [tuple(site["value"].shape) for site in sites]
+        for site, shape in zip(sites, shapes, strict=True):
+            got = tuple(values[site["name"]].shape)
+            if got[len(got) - len(shape) :] != shape:
+                raise ValueError(
+                    f"site '{site['name']}' has shape {shape}; got a value of shape {got}"
+                )
+        name, shape = sites[0]["name"], shapes[0]
+        batch = values[name].shape[: values[name].dim() - len(shape)]
+        flat = {
+            s["name"]: values[s["name"]].reshape(-1, *n)
+            for s, n in zip(sites, shapes, strict=True)
+        }
+        parts = [[origins[name] for name in flat] for origins in self._origins(flat, args, kwargs)]
+        u = torch.cat([torch.cat([part for part, _ in row], -1) for row in parts])
+        log_det = torch.cat([sum(d for _, d in row) for row in parts])
+        return u.reshape(*batch, -1), log_det.reshape(batch)
+
+    def _origins(
+        self, flat: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """Unconstrained values and log-Jacobians at ``(S, *site)``, in one piece or in S."""
+        if not self._moving:
+            supports = self._fixed_supports
+            return [{n: unplaced(v, supports[n], v.shape[1:]) for n, v in flat.items()}]
+        count = max(len(v) for v in flat.values())
+        pieces = [flat]
+        if count > 1 and not self.density(*args, **kwargs).vectorizes:
+            pieces = [{n: v[i : i + 1] for n, v in flat.items()} for i in range(count)]
+        read = self._model_supports.origins
+        return [read(self.raw_model, args, kwargs, piece) for piece in pieces]
 
     @torch.no_grad()
     def _deviations(self) -> Tensor:
@@ -327,16 +440,23 @@ class AutoFlow(AutoContinuous):
             **kwargs: Its keyword arguments.
 
         Returns:
-            For each site a tensor ``(len(quantiles), *site)``.
+            For each site ``(len(quantiles), *site)``, with all rows of a subsampled plate.
         """
         self.setup(*args, **kwargs)
-        deviations = self._deviations()
-        ranks = torch.as_tensor(quantiles, dtype=torch.float64).flatten() * (len(deviations) - 1)
-        ordered = deviations.sort(0).values
-        below = ranks.floor().long()
-        weight = (ranks - below).to(ordered).unsqueeze(-1)
-        at = ordered[below].lerp(ordered[(below + 1).clamp(max=len(ordered) - 1)], weight)
-        return self._constrain(self._modules["transport"].loc + at, args, kwargs)
+        levels = torch.as_tensor(quantiles, dtype=torch.float64).flatten()
+        values = {}
+        if self.latent_dim:
+            deviations = self._deviations()
+            ranks = levels * (len(deviations) - 1)
+            ordered = deviations.sort(0).values
+            below = ranks.floor().long()
+            weight = (ranks - below).to(ordered).unsqueeze(-1)
+            at = ordered[below].lerp(ordered[(below + 1).clamp(max=len(ordered) - 1)], weight)
+            values = self._constrain(self._modules["transport"].loc + at, args, kwargs)
+        for name in self.local or ():
+            self._check_still(name)
+            values[name] = self.local.quantiles(name, levels)
+        return self._ordered(values)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -346,50 +466,34 @@ class AutoFlow(AutoContinuous):
     # ------------------------------------------------------------------------------------------
     # copies
 
-    def __getstate__(self) -> dict[str, Any]:
-        kept = self._model, self.master
-        state = dict(super().__getstate__())
-        self.__dict__.update(
-            _model=kept[0], master=kept[1]
-        )  # Pyro's takes the model away from the original
-        state.update(_model=None, _raw_model=None, master=None)
+    def _whole_state(self) -> dict[str, Any]:
+        state = super()._whole_state()
         for memory in ("_base", "_posterior"):
             state.pop(memory, None)
         return state
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new.__dict__.update(_model=self._model, _raw_model=self._raw_model)
-        return new
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
-    ) -> None:
-        if self.prototype_trace is None:  # kept for when the model is seen
-            own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-            self._pending_state = own or None
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+class FlowPosterior(dist.TransformedDistribution):
+    """A flow's distribution, with mean and variance from 4,097 quasi-random points."""
 
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        base = self.base_dist.mean
+        z = normal_points(2048, base.shape[-1], like=base)
+        x = torch.cat([z, torch.zeros_like(z[:1]), -z])
+        for transform in self.transforms:
+            x = transform(x)
+        mean = x.mean(0)
+        return mean.expand(self.shape()), (x - mean).square().mean(0).expand(self.shape())
 
-class _Seen(poutine.messenger.Messenger):
-    """Give latents their values while the model runs, and remember their supports."""
+    @property
+    def mean(self) -> Tensor:
+        """Mean, shape ``(*batch, D)``."""
+        return self._moments()[0]
 
-    def __init__(
-        self, unconstrained: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        self.unconstrained, self.values = unconstrained, dict(values or {})
-        self.supports: dict[str, Any] = {}
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        name = msg["name"]
-        if name in self.unconstrained:
-            self.values[name] = biject_to(msg["fn"].support)(self.unconstrained[name])
-        if name in self.values:
-            msg["value"], self.supports[name] = self.values[name], msg["fn"].support
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each coordinate, shape ``(*batch, D)``."""
+        return self._moments()[1]
 
 
 def _make_flow(flow: Callable[[int], Any] | str | None, latent_dim: int) -> Bijection:
@@ -413,25 +517,3 @@ def _make_flow(flow: Callable[[int], Any] | str | None, latent_dim: int) -> Bije
     if isinstance(made, Transform):
         return as_bijection(made)
     return Compose(list(made))
-
-
-def _tensors(support: Any) -> list[Tensor]:
-    """Bounds of a constraint, those of its base included."""
-    found = []
-    for value in vars(support).values():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif hasattr(value, "check"):
-            found += _tensors(value)
-    return found
-
-
-def _has_tensors(support: Any) -> bool:
-    return bool(_tensors(support))
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return any(
-        a.shape != b.shape or not torch.equal(a, b)
-        for a, b in zip(_tensors(one), _tensors(other), strict=True)
-    )

@@ -21,6 +21,7 @@ from pyroflows.guides.elbo import PathGradientELBO
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
 from pyroflows.guides.routes import seeded
+from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.schedule import BasePoints, GradientClipper, Schedule
 from pyroflows.guides.weights import WeightSummary, summarize_weights
 
@@ -202,8 +203,9 @@ def fit_guide(
         callback,
     )
     with seeded(seed):
-        if isinstance(guide, AutoFlow):
-            guide.setup(*args, **kwargs)
+        if isinstance(guide, SavedGuide):
+            guide.remember(model).setup(*args, **kwargs)
+        if isinstance(guide, AutoFlow) and guide.holds_all:
             density = _density_for(model, guide, args, kwargs)
             _begin(density, guide, prefit_first, options, result)
             _FlowFit(density, guide, options, result).run()

@@ -1,0 +1,398 @@
+"""What the flow guides share: seeing the model once, its plates, and copies that stay whole."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import inspect
+import pickle
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.nn import PyroModule
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyroflows.guides.latent import LatentDensity, init_where_possible
+from pyroflows.guides.supports import ModelSupports, moving_supports, teach_divergence
+
+__all__ = ["SavedGuide", "is_subsampled"]
+
+
+class SavedGuide(AutoGuide):
+    """A guide that sees its model once, and that pickle, joblib and ``state_dict`` keep whole.
+
+    A pickled guide needs no arguments of the model to draw and to score. Its model comes along if
+    it is a function of a module that can be imported; else :meth:`attach` gives it back, and so
+    does whatever takes both, as ``fit_guide`` and ``diagnose`` do. A ``state_dict`` may be loaded
+    before the model was seen; it then waits for :meth:`setup`.
+
+    Args:
+        model: The model.
+        init_loc_fn: Initial value of each site; see :mod:`pyro.infer.autoguide.initialization`.
+        create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`.
+        name: Name in Pyro's parameter store; that of the class if None.
+    """
+
+    _init_loc_fn: Callable
+    _pending_state: dict[str, Any] | None
+    _functions: tuple[str, ...] = ("_init_loc_fn", "create_plates")  #: what a pickle may lose
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        init_loc_fn: Callable,
+        create_plates: Callable | None,
+        name: str | None,
+    ) -> None:
+        teach_divergence()
+        AutoGuide.__init__(self, model, create_plates=create_plates)
+        self._pyro_name = name or self._pyro_name
+        self._init_loc_fn, self._pending_state = init_loc_fn, None
+        self._plate_sizes: dict[Any, dict[str, _Plate]] = {}
+        self.attach(model)
+
+    # ------------------------------------------------------------------------------------------
+    # the model
+
+    @property
+    def model(self) -> Callable:
+        """The model, with its latents set to their initial values.
+
+        Raises:
+            RuntimeError: If the guide was loaded and its model could not be saved with it.
+        """
+        if self.__dict__.get("_model") is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} was loaded from a file without its model: give it "
+                "back with guide.attach(model)"
+            )
+        return self.__dict__["_model"][0]
+
+    @property
+    def raw_model(self) -> Callable:
+        """The model as it was given; raises as :attr:`model`."""
+        _ = self.model
+        return self.__dict__["_raw_model"][0]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the guide has its model; one from a file may lack it."""
+        return self.__dict__.get("_model") is not None
+
+    def attach(self, model: Callable) -> Self:
+        """Give the guide, one from a file say, its model; return self."""
+        init = functools.partial(init_where_possible, self._init_loc_fn)
+        self._model, self._raw_model = (InitMessenger(init)(model),), (model,)
+        return self
+
+    def remember(self, model: Callable) -> Self:
+        """Attach the model if the guide lost its own; return self."""
+        return self if self.attached else self.attach(model)
+
+    def setup(self, *args: Any, **kwargs: Any) -> Self:
+        """Run the model once with these arguments, create the parameters, and return self.
+
+        Raises:
+            TypeError: If the model was not yet seen and these are not its arguments.
+            ValueError: If a latent starts at a value of wrong shape or outside its support.
+        """
+        if self.prototype_trace is None:
+            self._check_arguments(args, kwargs)
+            try:
+                self._setup_prototype(*args, **kwargs)
+            except BaseException:
+                self.prototype_trace = None  # nothing half made
+                raise
+            state, self._pending_state = self._pending_state, None
+            if state is not None:
+                self.load_state_dict(state)
+        if pyro.settings.get("module_local_params"):
+            for parameter in self.parameters():  # Pyro asks for it, of its own parameters only
+                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+        self._adopt()
+        return self
+
+    def _adopt(self) -> None:
+        """Take over what a loaded parameter store holds for this guide."""
+
+    def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        model = self.raw_model
+        try:
+            signature = inspect.signature(
+                model.forward if isinstance(model, torch.nn.Module) else model
+            )
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"this {type(self).__name__} has not seen its model yet, and needs the model's "
+                f"arguments for that ({error}): call guide.setup(*args), or pass them here"
+            ) from error
+        except ValueError:  # a callable without a signature
+            return
+
+    def _see(self, *args: Any, **kwargs: Any) -> None:
+        """Trace the model, and check where its latents start."""
+        with torch.no_grad():
+            AutoGuide._setup_prototype(self, *args, **kwargs)
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            value, fn = site["value"], site["fn"]
+            if tuple(value.shape) != tuple(fn.shape()):
+                raise ValueError(
+                    f"init_loc_fn gave site '{name}' a value of shape {tuple(value.shape)}; "
+                    f"expected {tuple(fn.shape())}"
+                )
+            with helpful_support_errors(site):
+                transform = biject_to(fn.support)
+            again = transform(transform.inv(value))
+            if not torch.allclose(again, value, rtol=1e-2, atol=1e-2):
+                raise ValueError(
+                    f"init_loc_fn gave site '{name}' a value that is not inside its support, "
+                    f"{fn.support}: {value.flatten()[:5].tolist()}"
+                )
+
+    def _find_moving(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
+        """Which of these sites have supports that depend on others, and how to read them."""
+        self._moving: frozenset[str] = frozenset()
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        if sites:
+            model, init = self.raw_model, self._init_loc_fn
+            density = LatentDensity(model, args, kwargs, init_loc_fn=init, names=list(sites))
+            self._moving = moving_supports(density, {n: sites[n] for n in names})
+            self._model_supports = ModelSupports(
+                _light(self.prototype_trace).nodes, density.nesting
+            )
+
+    # ------------------------------------------------------------------------------------------
+    # plates
+
+    @property
+    def _follows_plates(self) -> bool:
+        """Whether sizes and rows of the model's plates may change from call to call."""
+        return any(is_subsampled(s) for _, s in self.prototype_trace.iter_stochastic_nodes())
+
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
+        """Plates of the sizes, and of the subsamples, that the model has at these arguments.
+
+        Where they may change, the model runs once for each new shape of its arguments, and at
+        every call if its arguments say which rows it takes.
+        """
+        if self.master is not None or not self._follows_plates:
+            return super()._create_plates(*args, **kwargs)
+        made = self.create_plates(*args, **kwargs) if self.create_plates is not None else ()
+        self.plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
+        missing = [
+            f for name, f in sorted(self._prototype_frames.items()) if name not in self.plates
+        ]
+        sizes = self._sizes(args, kwargs) if missing else {}
+        for frame in missing:
+            plate = sizes.get(frame.name) or _Plate(frame.full_size or frame.size, frame.size)
+            self.plates[frame.name] = pyro.plate(
+                frame.name,
+                plate.size,
+                dim=frame.dim,
+                **(
+                    {"subsample_size": plate.subsample_size}
+                    if plate.subsample is None
+                    else {"subsample": plate.subsample}
+                ),
+            )
+        return self.plates
+
+    def _sizes(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, _Plate]:
+        if torch._C._get_tracing_state():
+            return {}
+        key = _shapes((args, kwargs))
+        known = self._plate_sizes.get(key)
+        if known is not None and all(p.subsample is None for p in known.values()):
+            return known
+        if not self.attached:
+            return {}
+        seen = _SeePlates(self._prototype_frames)
+        with torch.no_grad(), torch.random.fork_rng(), poutine.block(), seen:
+            self.model(*args, **kwargs)
+        if len(self._plate_sizes) >= 64:
+            self._plate_sizes.clear()
+        self._plate_sizes[key] = seen.found
+        return seen.found
+
+    # ------------------------------------------------------------------------------------------
+    # copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        PyroModule.__getstate__(self)  # takes Pyro's weak references off the parameters
+        state = self._whole_state()
+        reference = _Reference.of(self._raw_model[0]) if self.attached else None
+        state.update(_model=None, _raw_model=reference, _plate_sizes={})
+        for name in self._functions:
+            state[name] = self._portable(name, state.get(name))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        teach_divergence()
+        reference = state.get("_raw_model")
+        super().__setstate__({**state, "_raw_model": None})
+        model = reference.find() if isinstance(reference, _Reference) else None
+        if model is not None:
+            self.attach(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        state = self._whole_state()
+        shared = {name: state.pop(name) for name in ("_model", "_raw_model", *self._functions)}
+        super(SavedGuide, new).__setstate__({**copy.deepcopy(state, memo), **shared})
+        return new
+
+    def _whole_state(self) -> dict[str, Any]:
+        """Everything, with the light trace and without what is remembered between calls."""
+        state = dict(self.__dict__)
+        trace = state.get("prototype_trace")
+        state.update(
+            master=None,
+            prototype_trace=None if trace is None else _light(trace),
+        )
+        state.pop("plates", None)
+        return state
+
+    def _portable(self, name: str, thing: Any) -> Any:
+        """``thing`` if a pickle of it can be read anywhere, else something that says so."""
+        try:
+            if b"__main__" not in pickle.dumps(thing):
+                return thing
+        except Exception:  # whatever pickle raises for what it cannot take
+            pass
+        if name == "_init_loc_fn" and self.prototype_trace is not None:
+            sites = self.prototype_trace.iter_stochastic_nodes()
+            values = {n: site["value"].detach().clone() for n, site in sites}
+            return functools.partial(init_to_value, values=values)
+        if self.prototype_trace is None and name != "create_plates":
+            raise pickle.PicklingError(
+                f"{type(self).__name__}: {name.strip('_')}={thing!r} cannot be pickled, and is "
+                "needed until the guide has seen its model: call guide.setup(*args) first, or use "
+                "a function that can be imported"
+            )
+        return _Lost(name)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, value in (self._pending_state or {}).items():
+            destination[prefix + key] = value
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        if self.prototype_trace is None:  # kept for when the model is seen
+            own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+            self._pending_state = own or None
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def is_subsampled(site: Mapping[str, Any]) -> bool:
+    """Whether the site lies in a plate of which the model sees a part at a time."""
+    return any(f.full_size is not None and f.full_size != f.size for f in site["cond_indep_stack"])
+
+
+class _Plate:
+    """Size of a plate, of its subsample, and the subsample where the model gave it."""
+
+    def __init__(self, size: int, subsample_size: int | None, subsample: Any = None) -> None:
+        self.size, self.subsample_size, self.subsample = size, subsample_size, subsample
+
+
+class _SeePlates(poutine.messenger.Messenger):
+    """Remember the plates of these names while the model runs."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names, self.found = set(names), dict[str, _Plate]()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.names and poutine.util.site_is_subsample(msg):
+            fn = msg["fn"]
+            size = fn.subsample_size if msg["value"] is None else None
+            self.found[msg["name"]] = _Plate(fn.size, size, msg["value"])
+
+
+class _Reference:
+    """A function by its name, so that a file holds no code and no data of it."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    @classmethod
+    def of(cls, function: Any) -> _Reference | None:
+        """Reference of a function that another process can import, else None."""
+        module, name = (getattr(function, k, None) for k in ("__module__", "__qualname__"))
+        if not inspect.isfunction(function) or module in (None, "__main__", "__mp_main__"):
+            return None
+        found = cls(module, name)
+        return found if found.find() is function else None
+
+    def find(self) -> Callable | None:
+        """The function, or None where it cannot be imported."""
+        try:
+            return getattr(importlib.import_module(self.module), self.name, None)
+        except ImportError:
+            return None
+
+
+class _Lost:
+    """Stands where a function could not be saved; an error when it is called."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"this guide was loaded from a file, and its {self.name.strip('_')} could not be "
+            f"saved: set it again, guide.{self.name} = ..."
+        )
+
+
+def _light(trace: poutine.Trace) -> poutine.Trace:
+    """The latent sites of a trace: their values, supports and shapes; no data, no graph."""
+    light = poutine.Trace()
+    for name, site in trace.iter_stochastic_nodes():
+        fn = site["fn"]
+        kept = dist.ImproperUniform(_detached(fn.support), fn.batch_shape, fn.event_shape)
+        value = site["value"].detach().clone()
+        light.add_node(name, **{**site, "fn": kept, "value": value, "args": (), "kwargs": {}})
+    return light
+
+
+def _detached(support: Any) -> Any:
+    """A constraint whose bounds have no graph."""
+    copied = copy.copy(support)
+    for name, value in vars(support).items():
+        if isinstance(value, Tensor):
+            vars(copied)[name] = value.detach()
+        elif hasattr(value, "check"):
+            vars(copied)[name] = _detached(value)
+    return copied
+
+
+def _shapes(thing: Any) -> Any:
+    """What the sizes of plates may depend on: shapes of tensors, numbers, lengths; hashable."""
+    if isinstance(thing, Tensor):
+        return tuple(thing.shape)
+    if isinstance(thing, Mapping):
+        return tuple((k, _shapes(v)) for k, v in thing.items())
+    if isinstance(thing, list | tuple):
+        return len(thing), tuple(_shapes(v) for v in thing[:100])
+    if hasattr(thing, "shape"):
+        return tuple(thing.shape)
+    return thing if isinstance(thing, int | float | str | bool | None) else type(thing)
