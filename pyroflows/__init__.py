@@ -23,7 +23,7 @@ _LAZY = {
     "flow_mcmc": "pyroflows.guides.mcmc",
     "fit_guide_to_draws": "pyroflows.guides",
     "importance_resample": "pyroflows.diagnostics",
-    "to_arviz": "pyroflows.diagnostics",
+    "to_arviz": "pyroflows.arviz",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ FLOORS = {
     "flow": 3, "dequantization": 3, "divergence": 3, "univariate": 3,
     "recipes": 4, "training": 4,
     "guides": 5, "tables": 5, "density": 5,
-    "diagnostics": 6, "plots": 6, "cli": 6,
+    "arviz": 6, "diagnostics": 6, "plots": 6, "cli": 6,
 }  # fmt: skip
 
 # Third-party packages by floor; what a floor may use, those above may use too.

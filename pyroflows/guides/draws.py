@@ -1,7 +1,8 @@
-"""Draws from any guide with their importance weights, a batch at a time."""
+"""Draws from any guide with their importance weights, evaluated as fitting evaluates the model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Independent, MaskedDistribution, Unit
-from pyro.poutine.util import prune_subsample_sites
+from pyro.distributions import Delta, MaskedDistribution, Unit
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from torch.distributions import Independent
+from torch.utils._pytree import tree_leaves
 
 from pyroflows.guides.autoflow import AutoFlow
-from pyroflows.guides.latent import plate_nesting
+from pyroflows.guides.evaluation import is_discrete, likelihoods
+from pyroflows.guides.latent import BUDGET, LatentDensity, plate_nesting
+from pyroflows.guides.routes import largest_tensor
+from pyroflows.guides.rows import WholeDensity
 from pyroflows.guides.weights import smooth_weights
 
-__all__ = ["GuideDraws", "draw", "importance_resample"]
+__all__ = ["GuideDraws", "draw", "draw_from", "importance_resample"]
 
 
 @dataclass
@@ -31,6 +37,7 @@ class GuideDraws:
         log_likelihood: For each observed site its pointwise log-density, ``(S, *site batch)``.
         plates: For each site the names and (negative) axes of its plates, observed sites included.
         deterministic: For each ``pyro.deterministic`` site, ``(S, *site)``.
+        latent: The flat unconstrained vectors, ``(S, D)``.
     """
 
     values: dict[str, Tensor]
@@ -39,87 +46,246 @@ class GuideDraws:
     log_likelihood: dict[str, Tensor]
     plates: dict[str, list[tuple[str, int]]]
     deterministic: dict[str, Tensor] = field(default_factory=dict)
+    latent: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def pointwise(fn: Any, value: Tensor) -> Tensor:
-    """Log-density of each independent part of ``value``: ``to_event`` is taken apart again."""
-    while True:
-        if isinstance(fn, Independent | torch.distributions.Independent | MaskedDistribution):
-            fn = fn.base_dist
-        else:
-            return fn.log_prob(value)
+# ----------------------------------------------------------------------------------- the guide
 
 
-def _run(
-    model: Callable,
-    guide: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    num: int,
-    nesting: int,
-    shapes: Mapping[str, torch.Size],
-) -> GuideDraws:
-    """One batch under a plate of particles; ``num`` 0 for a single draw without one."""
+def guided_sites(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """Names of the continuous latents that a guide draws."""
+    if isinstance(guide, AutoFlow):
+        guide.setup(*args, **kwargs)
+        return [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+    return [
+        name
+        for name, site in _traced(guide, args, kwargs).nodes.items()
+        if _is_latent(site) and not site["infer"].get("is_auxiliary") and not is_discrete(site)
+    ]
 
-    def batched(fn: Callable) -> Callable:
-        return pyro.plate("_draws", num, dim=-1 - nesting)(fn) if num else fn
 
-    with torch.no_grad(), poutine.block():
-        guide_trace = poutine.trace(batched(guide)).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(batched(poutine.replay(model, trace=guide_trace))).get_trace(
-            *args, **kwargs
+def posterior_density(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+) -> WholeDensity:
+    """The model's log-density over the latents that the guide draws, given all rows.
+
+    Raises:
+        ValueError: If the guide lacks a continuous latent of the model.
+        NotJudged: See :class:`~pyroflows.guides.rows.WholeDensity`.
+    """
+    names = guided_sites(guide, args, kwargs)
+    density = WholeDensity(model, args, kwargs, names=names)
+    lacking = {
+        name for name, site in density.trace(density.init_loc).nodes.items() if _is_latent(site)
+    } - {*names, *density.enumerated}
+    if lacking:
+        raise ValueError(
+            f"the guide draws no value for latent sites of the model: {sorted(lacking)}; "
+            "hide them from the model with poutine.block, or give them to the guide"
         )
-    guide_trace, model_trace = (prune_subsample_sites(t) for t in (guide_trace, model_trace))
-    with torch.no_grad():
-        guide_trace.compute_log_prob()
-        model_trace.compute_log_prob()
+    return density
 
-    def total(trace: poutine.Trace) -> Tensor:
-        terms = [s["log_prob"] for s in trace.nodes.values() if s["type"] == "sample"]
-        return sum(
-            (t.reshape(len(t), -1).sum(-1) if num and t.dim() > nesting else t.sum())
-            for t in terms
-        ) + torch.zeros(num or 1, device=terms[0].device if terms else None)
 
-    values, deterministic, likelihood, plates = {}, {}, {}, {}
-    for name, site in model_trace.nodes.items():
+def _traced(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+        trace = poutine.trace(fn).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+    return trace
+
+
+def _is_latent(site: Mapping[str, Any]) -> bool:
+    return site["type"] == "sample" and not site_is_subsample(site) and not site["is_observed"]
+
+
+def _rows(value: Tensor, num: int, shape: tuple[int, ...]) -> Tensor:
+    """``(num, *shape)`` of what a batch gave, ``(num, 1, ..., *shape)`` or the same for all."""
+    if value.dim() and len(value) == num and value.numel() == num * math.prod(shape):
+        return value.reshape((num, *shape))
+    if value.numel() == math.prod(shape):
+        return value.reshape(shape).expand((num, *shape))
+    raise ValueError(f"expected {num} values of shape {shape}; got {tuple(value.shape)}")
+
+
+class GuideRuns:
+    """Draws of any guide, by the first way that works: native, vmap, one by one.
+
+    Args:
+        guide: The guide; a model without data draws from its prior.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        density: Whose latents to draw.
+    """
+
+    def __init__(
+        self, guide: Callable, args: tuple, kwargs: dict[str, Any], density: LatentDensity
+    ) -> None:
+        self.guide, self.args, self.kwargs = guide, args, kwargs
+        self.shapes = {s.name: s.value_shape for s in density.sites}
+        self.single_trace = _traced(guide, args, kwargs)
+        self.nesting = max(density.nesting, plate_nesting(self.single_trace))
+        self.batch_size = max(1, BUDGET // largest_tensor(self._single))
+        self.ways = [self._native, self._vectorized, self._one_by_one]
+
+    def __call__(self, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Values ``(num, *site)`` and the guide's log-density of them, ``(num,)``."""
+        sizes = [self.batch_size] * (num // self.batch_size) + [num % self.batch_size]
+        parts = [self._batch(n) for n in sizes if n]
+        values = {name: torch.cat([p[0][name] for p in parts]) for name in self.shapes}
+        return values, torch.cat([p[1] for p in parts])
+
+    def _batch(self, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        while True:
+            try:
+                return self.ways[0](num)
+            except Exception:  # whatever a guide raises on a batch; one by one it is raised
+                if len(self.ways) == 1:
+                    raise
+                self.ways = self.ways[1:]
+
+    def _counted(self, trace: poutine.Trace) -> list[dict[str, Any]]:
+        """Sites whose densities make up the guide's: its latents and the noise behind them."""
+        return [
+            site
+            for name, site in trace.nodes.items()
+            if _is_latent(site) and (name in self.shapes or site["infer"].get("is_auxiliary"))
+        ]
+
+    def _single(self, guide: Callable | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        seen = _traced(guide or self.guide, self.args, self.kwargs)
+        log_q = sum(s["log_prob"].sum() for s in self._counted(seen)) + torch.zeros(())
+        return {n: seen.nodes[n]["value"].reshape(s) for n, s in self.shapes.items()}, log_q
+
+    def _one_by_one(self, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        runs = [self._single() for _ in range(num)]
+        values = {name: torch.stack([r[0][name] for r in runs]) for name in self.shapes}
+        return values, torch.stack([r[1] for r in runs])
+
+    def _vectorized(self, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        run = torch.vmap(lambda _: self._single(), randomness="different")
+        return run(torch.zeros(num))
+
+    def _native(self, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Under one more plate, outermost; a draw by itself must have the same density."""
+        seen = _traced(
+            pyro.plate("_draws", num, dim=-1 - self.nesting)(self.guide), self.args, self.kwargs
+        )
+        values = {
+            name: _rows(seen.nodes[name]["value"], num, shape)
+            for name, shape in self.shapes.items()
+        }
+        log_q = torch.zeros(num)
+        for site in self._counted(seen):
+            each = site["log_prob"]
+            log_q = log_q + (
+                each.reshape(num, -1).sum(-1) if each.dim() > self.nesting else each.sum()
+            )
+        for s in {0, num - 1}:
+            alone = self._single(poutine.replay(self.guide, trace=self._draw_of(seen, num, s)))
+            found = {name: value[s] for name, value in values.items()}, log_q[s]
+            pairs = zip(tree_leaves(found), tree_leaves(alone), strict=True)
+            if not all(
+                torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in pairs
+            ):
+                raise ValueError("a batch of the guide is not its draws side by side")
+        return values, log_q
+
+    def _draw_of(self, seen: poutine.Trace, num: int, s: int) -> poutine.Trace:
+        """The trace of a single draw; what is computed from others is left to the guide."""
+        trace = self.single_trace.copy()
+        for name, node in self.single_trace.nodes.items():
+            if not _is_latent(node):
+                continue
+            if isinstance(node["fn"], Delta):
+                trace.remove_node(name)
+            else:
+                value = _rows(seen.nodes[name]["value"], num, tuple(node["value"].shape))[s]
+                trace.nodes[name] = {**node, "value": value}
+        return trace
+
+
+def _weighed(
+    guide: Callable, density: LatentDensity, num: int, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Flat latents ``(num, D)``, log p of the sites' values, log p - log q, and the values."""
+    if isinstance(guide, AutoFlow):
+        sites = [
+            (name, tuple(site["value"].shape))
+            for name, site in guide.prototype_trace.iter_stochastic_nodes()
+        ]
+        if sites == [(s.name, tuple(s.value_shape)) for s in density.sites]:
+            posterior = guide.get_posterior(*args, **kwargs)
+            u = posterior.sample((num,))
+            log_p = density(u)
+            values = density.constrain(u)
+            return u, log_p - density.log_jacobian(u), log_p - posterior.log_prob(u), values
+    values, log_q = GuideRuns(guide, args, kwargs, density)(num)
+    log_p = density.over_values()(flat_values(density, values))
+    return density.unconstrain(values), log_p, log_p - log_q, values
+
+
+def flat_values(density: LatentDensity, values: Mapping[str, Tensor]) -> Tensor:
+    """Values of all sites side by side, ``(S, sum of sizes)``."""
+    parts = [values[s.name] for s in density.sites]
+    return torch.cat([part.reshape(len(part), -1) for part in parts], -1)
+
+
+# ----------------------------------------------------------------------------------- the model
+
+
+def is_computed(site: Mapping[str, Any]) -> bool:
+    """Whether a site holds a value computed from others: deterministic, or reparametrized."""
+    fn = site["fn"]
+    while isinstance(fn, Independent | MaskedDistribution):
+        fn = fn.base_dist
+    return site["is_observed"] and (
+        bool(site["infer"].get("_deterministic")) or isinstance(fn, Delta)
+    )
+
+
+def site_plates(trace: poutine.Trace) -> dict[str, list[tuple[str, int]]]:
+    """Names and (negative) axes of the plates in the value of each sample site of one run."""
+    plates = {}
+    for name, site in prune_subsample_sites(trace).nodes.items():
         if site["type"] != "sample" or isinstance(site["fn"], Unit):
             continue
         frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_draws"]
-        plates[name] = [(f.name, f.dim - site["fn"].event_dim) for f in frames]
-        keep = max([-f.dim for f in frames], default=0)
-        if site["infer"].get("_deterministic"):
-            plates[name] = [(f.name, f.dim) for f in frames]  # the whole value counts as event
-            deterministic[name] = _own(site["value"], num, shapes[name])
-        elif site["is_observed"]:
-            each = pointwise(site["fn"], site["value"])
-            extra = each.dim() - site["log_prob"].dim()
-            likelihood[name] = _squeeze(each, num, nesting, keep, extra)
-        else:
-            values[name] = _squeeze(site["value"], num, nesting, keep, site["fn"].event_dim)
-    log_p, log_q = total(model_trace), total(guide_trace)
-    return GuideDraws(values, log_p - log_q, log_p, likelihood, plates, deterministic)
+        shift = site["fn"].event_dim
+        if site["infer"].get("_deterministic") and shift == site["value"].dim():
+            shift = _axes_to_the_right(site["value"].shape, frames)
+        plates[name] = [(f.name, f.dim - shift) for f in frames]
+    return plates
 
 
-def _own(value: Tensor, num: int, shape: torch.Size) -> Tensor:
-    """``(S, *shape)`` of a deterministic site that has ``shape`` in a single run."""
-    if value.numel() == shape.numel() * (num or 1):
-        return value.reshape((num or 1, *shape))
-    return value.reshape(shape).expand((num or 1, *shape))
+def _axes_to_the_right(shape: torch.Size, frames: list[Any]) -> int:
+    """Axes of a deterministic value, all called event by Pyro, that lie right of its plates."""
+    for shift in range(len(shape)):
+        axes = [(f.dim - shift, f.size) for f in frames]
+        if all(-axis <= len(shape) and shape[axis] == size for axis, size in axes):
+            return shift
+    return 0
 
 
-def _squeeze(value: Tensor, num: int, nesting: int, keep: int, event_dim: int) -> Tensor:
-    """``(S, 1, .., plates, event)`` to ``(S, plates, event)``; repeats where S was missing."""
-    if not num:
-        return value.unsqueeze(0)
-    own = value.shape[value.dim() - event_dim :]
-    batch = value.shape[: value.dim() - event_dim]
-    if len(batch) <= nesting:  # the same for every particle
-        return value.expand((num,) + value.shape)
-    middle = batch[1:]
-    while len(middle) > keep and middle[0] == 1:
-        middle = middle[1:]
-    return value.expand((num,) + batch[1:] + own).reshape((num,) + middle + own)
+def held_in(trace: poutine.Trace) -> dict[str, dict[str, Tensor]]:
+    """What one run holds beside its latents."""
+    computed = {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and is_computed(site)
+    }
+    likelihood = {name: v for name, v in likelihoods(trace).items() if name not in computed}
+    return {"log_likelihood": likelihood, "deterministic": computed}
+
+
+def row_axes(prototype: poutine.Trace) -> Callable[[str, str], dict[str, int]]:
+    """Where the plates of a site lie in tensors ``(S, ...)`` of its values or likelihoods."""
+    plates = site_plates(prototype)
+
+    def axes(group: str, name: str) -> dict[str, int]:
+        first = name.split("+")[0]  # labels that are summed out join sites
+        dim = prototype.nodes[first]["value"].dim()
+        return {plate: 1 + dim + axis for plate, axis in plates[first] if dim + axis >= 0}
+
+    return axes
 
 
 def draw(
@@ -127,65 +293,55 @@ def draw(
     guide: Callable,
     *args: Any,
     num_samples: int = 1000,
-    batch_size: int = 500,
+    batch_size: int | None = None,
+    details: bool = True,
     **kwargs: Any,
 ) -> GuideDraws:
     """Draw from a guide, any of Pyro's included, and weigh the draws by the model.
 
-    Runs guide and model once per batch, with the batch as an outermost plate; one at a time where
-    the model cannot.
+    The model is evaluated as :class:`~pyroflows.guides.latent.LatentDensity` finds that it can be,
+    in batches; data in subsampled plates are visited whole.
 
     Args:
         model: The model.
         guide: The guide.
         *args: Arguments of both.
         num_samples: Number of draws S.
-        batch_size: Draws per run.
+        batch_size: Draws per run of the model; as many as a budget of memory allows if None.
+        details: Whether to keep pointwise log-likelihoods and deterministic sites, S times the
+            data in memory.
         **kwargs: Keyword arguments of both.
     """
-    with pyro.validation_enabled(False):  # so that NaN becomes a weight, not an error
-        return _draw(model, guide, args, kwargs, num_samples, batch_size)
+    density = posterior_density(model, guide, args, kwargs)
+    if batch_size is not None:
+        density.batch_size = batch_size
+    return draw_from(guide, density, num_samples, args, kwargs, details=details)
 
 
-def _draw(
-    model: Callable,
+@torch.no_grad()
+def draw_from(
     guide: Callable,
+    density: WholeDensity,
+    num_samples: int,
     args: tuple,
     kwargs: dict[str, Any],
-    num_samples: int,
-    batch_size: int,
+    *,
+    details: bool = False,
 ) -> GuideDraws:
-    with torch.no_grad(), poutine.block():
-        first = poutine.trace(guide).get_trace(*args, **kwargs)
-        second = poutine.trace(poutine.replay(model, trace=first)).get_trace(*args, **kwargs)
-    nesting = max(plate_nesting(first), plate_nesting(second))
-    sites = [s for s in second.nodes.values() if s["type"] == "sample"]
-    shapes = {s["name"]: s["value"].shape for s in sites if isinstance(s["value"], Tensor)}
-    if isinstance(guide, AutoFlow):
-        vectorized = guide.density(*args, **kwargs).vectorizes
-    else:
-        vectorized = True
-    parts = []
-    left = num_samples
-    while left:
-        n = min(batch_size, left) if vectorized else 0
-        try:
-            parts.append(_run(model, guide, args, kwargs, n, nesting, shapes))
-        except (RuntimeError, ValueError, IndexError):
-            if not n:
-                raise
-            vectorized = False
-            continue
-        left -= n or 1
-    cat = lambda pick: {k: torch.cat([pick(p)[k] for p in parts]) for k in pick(parts[0])}  # noqa: E731
-    return GuideDraws(
-        values=cat(lambda p: p.values),
-        log_weights=torch.cat([p.log_weights for p in parts]),
-        log_prob=torch.cat([p.log_prob for p in parts]),
-        log_likelihood=cat(lambda p: p.log_likelihood),
-        plates=parts[0].plates,
-        deterministic=cat(lambda p: p.deterministic),
-    )
+    """:func:`draw`, with the density at hand."""
+    with pyro.validation_enabled(False):  # so that NaN becomes a weight, not an error
+        u, log_prob, log_weights, values = _weighed(guide, density, num_samples, args, kwargs)
+        prototype = density.trace(density.init_loc)
+        held = density.whole(held_in, u, row_axes(prototype)) if details else {}
+        return GuideDraws(
+            values=values,
+            log_weights=log_weights,
+            log_prob=log_prob,
+            log_likelihood=held.get("log_likelihood", {}),
+            plates=site_plates(prototype),
+            deterministic=held.get("deterministic", {}),
+            latent=u,
+        )
 
 
 def importance_resample(
@@ -212,7 +368,14 @@ def importance_resample(
     Returns:
         For each latent site ``(num_samples, *site)``.
     """
-    proposals = draw(model, guide, *args, num_samples=num_proposals or 10 * num_samples, **kwargs)
+    proposals = draw(
+        model,
+        guide,
+        *args,
+        num_samples=num_proposals or 10 * num_samples,
+        details=False,
+        **kwargs,
+    )
     log_weights, _ = smooth_weights(proposals.log_weights)
     weights = log_weights.exp().nan_to_num(0.0)
     if not weights.sum() > 0:

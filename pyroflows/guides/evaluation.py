@@ -26,6 +26,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent, biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 __all__ = [
     "Evaluation",
@@ -37,6 +38,7 @@ __all__ = [
     "likelihoods",
     "marginal_terms",
     "masked_out",
+    "onto_support",
 ]
 
 
@@ -99,6 +101,12 @@ def exposed(model: Callable) -> Callable:
     return model
 
 
+def onto_support(support: Any) -> Any:
+    """``biject_to(support)``, also for a mixture's, which is that of its components."""
+    mixture = isinstance(support, MixtureSameFamilyConstraint)
+    return biject_to(support.base_constraint if mixture else support)
+
+
 class Evaluation(Messenger):
     """Substitute latents and add up log-densities while the model runs.
 
@@ -107,6 +115,7 @@ class Evaluation(Messenger):
         nesting: Plate dimensions of the model: what lies to the left of them is a batch.
         adds: Whether to add up the sites' log-densities, or only Jacobians: where a trace does.
         free: For some latents which entries nothing depends on, so that no Jacobian counts.
+        onto: The transform to a support.
 
     Attributes:
         total: The log-density so far, Jacobians included; shape ``(*batch)`` or ``()``.
@@ -122,10 +131,11 @@ class Evaluation(Messenger):
         *,
         adds: bool = True,
         free: Mapping[str, Tensor] | None = None,
+        onto: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         self.unconstrained, self.nesting, self.adds = unconstrained, nesting, adds
-        self.free = free or {}
+        self.free, self.onto = free or {}, onto or onto_support
         self.total: Tensor | float = 0.0
         self.jacobian: Tensor | float = 0.0
         self.values: dict[str, Tensor] = {}
@@ -145,7 +155,7 @@ class Evaluation(Messenger):
                 msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
             return
         support = msg["fn"].support
-        transform = biject_to(support)
+        transform = self.onto(support)
         msg["value"] = transform(u)
         log_det = transform.log_abs_det_jacobian(u, msg["value"])
         free = self.free.get(msg["name"])
@@ -177,7 +187,7 @@ class Inverse(Messenger):
         value = self.values.get(msg["name"])
         if value is not None and not msg["is_observed"]:
             msg["value"] = value
-            self.unconstrained[msg["name"]] = biject_to(msg["fn"].support).inv(value)
+            self.unconstrained[msg["name"]] = onto_support(msg["fn"].support).inv(value)
 
 
 # ---------------------------------------------------------------------------- sums over labels
@@ -262,17 +272,17 @@ def likelihoods(trace: poutine.Trace) -> dict[str, Tensor]:
     """
     trace = prune_subsample_sites(trace)
     plain, reached, dims = _split(trace)
-    found = {s["name"]: _pointwise(s) for s in plain if _is_data(s)}
-    rest = [s for s in reached if _is_data(s)]
+    found = {s["name"]: _pointwise(s) for s in plain if is_data(s)}
+    rest = [s for s in reached if is_data(s)]
     while rest:
         part = _connected(rest[0], reached, dims)
-        names = "+".join(s["name"] for s in part if _is_data(s))
+        names = "+".join(s["name"] for s in part if is_data(s))
         found[names] = sum(_contracted(trace, part, dims), torch.zeros(()))
         rest = [s for s in rest if not any(s is p for p in part)]
     return found
 
 
-def _is_data(site: Mapping[str, Any]) -> bool:
+def is_data(site: Mapping[str, Any]) -> bool:
     """Whether an observed site is one of data, not a factor or a deterministic value."""
     return (
         site["is_observed"]

@@ -10,6 +10,7 @@ support is read while the model runs, so a support may depend on earlier sites, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import warnings
@@ -25,7 +26,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to, transform_to
+from torch.distributions import Transform, identity_transform, transform_to
 from torch.nn.functional import logsigmoid
 
 from pyroflows.guides.evaluation import (
@@ -38,6 +39,7 @@ from pyroflows.guides.evaluation import (
     likelihoods,
     marginal_terms,
     masked_out,
+    onto_support,
 )
 from pyroflows.guides.routes import (
     Failures,
@@ -191,7 +193,7 @@ class LatentDensity:
             if names is not None and name not in names:
                 continue
             with helpful_support_errors(site):
-                value = biject_to(site["fn"].support).inv(site["value"])
+                value = onto_support(site["fn"].support).inv(site["value"])
             event_dim = site["fn"].event_dim + value.dim() - site["value"].dim()
             start = sum(s.size for s in self.sites)
             shapes = tuple(value.shape), event_dim, tuple(site["value"].shape)
@@ -217,6 +219,7 @@ class LatentDensity:
         self._size: int | None = None
         self._random: bool | None = None
         self._seed: int | None = None
+        self._onto: Callable[[Any], Any] = onto_support
         self._free_sites: dict[str, Tensor] = {}
         self.circular, self.free = torch.cat(angles), torch.zeros_like(torch.cat(masked))
         self._has_free, self._has_angles = False, bool(self.circular.any())
@@ -286,7 +289,8 @@ class LatentDensity:
         init = InitMessenger(functools.partial(init_where_possible, init_loc_fn))
         sites = self._prototype(init, self.model).nodes
         values = [
-            biject_to(sites[s.name]["fn"].support).inv(sites[s.name]["value"]) for s in self.sites
+            onto_support(sites[s.name]["fn"].support).inv(sites[s.name]["value"])
+            for s in self.sites
         ]
         return torch.cat([v.reshape(-1) for v in values]).to(self.init_loc)
 
@@ -296,7 +300,11 @@ class LatentDensity:
         """Run the model once at ``u``, ``(D,)`` or natively ``(S, D)``; return what was seen."""
         unconstrained = {s.name: s.unpack(u, self.nesting) for s in self.sites}
         run = Evaluation(
-            unconstrained, self.nesting, adds=not self.enumerated, free=self._free_sites
+            unconstrained,
+            self.nesting,
+            adds=not self.enumerated,
+            free=self._free_sites,
+            onto=self._onto,
         )
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
             if not self.enumerated:
@@ -311,9 +319,8 @@ class LatentDensity:
 
     def trace(self, u: Tensor) -> poutine.Trace:
         """Trace of the model at one point ``u``, ``(D,)``; enumerated labels to the left."""
-        run = Evaluation(
-            {s.name: s.unpack(u, self.nesting) for s in self.sites}, self.nesting, adds=False
-        )
+        unconstrained = {s.name: s.unpack(u, self.nesting) for s in self.sites}
+        run = Evaluation(unconstrained, self.nesting, adds=False, onto=self._onto)
         with pyro.validation_enabled(False), poutine.block():
             return self._traced(run)
 
@@ -376,6 +383,10 @@ class LatentDensity:
             self._size = max(1, BUDGET // numel)
         return self._size
 
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self._size = size
+
     def frozen(self, seed: int = 0) -> LatentDensity:
         """The same function with one choice of subsamples for all calls; no random state."""
         if not self.stochastic:
@@ -383,6 +394,29 @@ class LatentDensity:
         _ = self.route, self.batch_size  # decided once for both
         view = copy.copy(self)
         view._seed = seed
+        return view
+
+    def over_values(self) -> LatentDensity:
+        """The density of the sites' own values, ``(S, *site)`` laid side by side; no Jacobian.
+
+        It rounds nothing: at the edge of a support, values say less than unconstrained latents.
+        """
+        view, start = copy.copy(self), 0
+        view.sites = []
+        for s in self.sites:
+            size, event_dim = math.prod(s.value_shape), s.event_dim - len(s.shape)
+            site = dataclasses.replace(
+                s,
+                shape=s.value_shape,
+                event_dim=event_dim + len(s.value_shape),
+                start=start,
+                size=size,
+            )
+            view.sites.append(site)
+            start += size
+        view.dim, view._onto = start, _as_it_is
+        _ = self.route, self.batch_size, self.stochastic  # decided by the latents
+        view._route, view._size, view._random = self._route, self._size, self._random
         return view
 
     def _by(self, route: str, function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -455,14 +489,16 @@ class LatentDensity:
             flat = u.reshape(-1, self.dim)
             return self._in_pieces(self._spared, flat).reshape(u.shape[:-1])
 
-    def _in_pieces(self, function: Callable[[Tensor], Any], u: Tensor) -> Any:
+    def _in_pieces(
+        self, function: Callable[[Tensor], Any], u: Tensor, *, same: bool = True
+    ) -> Any:
         """``function`` on ``u``, ``(S, D)``, cut to the budget; the same randomness for all."""
         _ = self.route  # decided before any piece
         cut = len(u) > 1 and not (torch.is_grad_enabled() and u.requires_grad)
         pieces = u.split(self.batch_size) if cut else (u,)
         if len(pieces) == 1:
             return function(u)
-        return gathered(function, pieces, torch.cat, rewinds=self.stochastic)
+        return gathered(function, pieces, torch.cat, rewinds=same and self.stochastic)
 
     def _spared(self, u: Tensor) -> Tensor:
         """Log-densities ``(S,)``, where one point that raises does not take others with it."""
@@ -481,23 +517,27 @@ class LatentDensity:
                 self._route = self._choose(after=self.route)
             return parts
 
-    def map(self, function: Callable[[poutine.Trace], Any], u: Tensor) -> Any:
+    def map(
+        self, function: Callable[[poutine.Trace], Any], u: Tensor, *, same: bool = True
+    ) -> Any:
         """``function(trace)``, tensors in any containers, at each of ``u``, ``(S, D)``; stacked.
 
         The traces are those of single points, in the model's own shapes, parallel labels to the
-        left of them; ``function`` may run under :func:`torch.vmap`.
+        left of them; ``function`` may run under :func:`torch.vmap`. Every point sees the same
+        random numbers if ``same``, else its own.
         """
-        return self._mapped(lambda point: function(self.trace(point)), u)
+        return self._mapped(lambda point: function(self.trace(point)), u, same=same)
 
-    def _mapped(self, function: Callable[[Tensor], Any], u: Tensor) -> Any:
+    def _mapped(self, function: Callable[[Tensor], Any], u: Tensor, *, same: bool = True) -> Any:
         with seeded(self._seed):
-            slow = self._by("one by one", function)
+            slow = one_by_one(function, rewinds=same and self.stochastic)
             if self.route == "one by one":
-                return self._in_pieces(slow, u)
+                return self._in_pieces(slow, u, same=same)
             try:
-                return self._in_pieces(self._by("vmap", function), u)
+                fast = torch.vmap(function, randomness="same" if same else "different")
+                return self._in_pieces(fast, u, same=same)
             except Exception:  # native code that vmap does not know; what is wrong raises again
-                return self._in_pieces(slow, u)
+                return self._in_pieces(slow, u, same=same)
 
     def likelihoods(self, u: Tensor) -> dict[str, Tensor]:
         """Pointwise log-likelihood of each observed site at ``u``: ``(S, D)`` to ``(S, ...)``.
@@ -539,11 +579,28 @@ class LatentDensity:
         u = self._in_pieces(back, rows) if self.vectorizes else self._mapped(back, rows)
         return u.reshape(batch + (self.dim,))
 
+    def log_jacobian(self, u: Tensor) -> Tensor:
+        """log|det T'| of the map from ``u``, ``(S, D)``, to the sites' supports; ``(S,)``."""
+
+        def at(point: Tensor) -> Tensor:
+            run, total = self.evaluate(point), torch.zeros(())
+            for s in self.sites:
+                x, value = s.unpack(point, self.nesting), run.values[s.name]
+                log_det = self._onto(run.supports[s.name]).log_abs_det_jacobian(x, value)
+                total = total + log_det.reshape(point.shape[:-1] + (-1,)).sum(-1)
+            return total
+
+        return self._in_pieces(at, u) if self.vectorizes else self._mapped(at, u)
+
     def _padded(self, site: LatentSite, flat: Tensor) -> Tensor:
         event_dim = site.event_dim - len(site.shape) + len(site.value_shape)
         batch = flat.shape[:-1]
         padding = (1,) * (self.nesting - len(site.value_shape) + event_dim) if batch else ()
         return flat.reshape(batch + padding + site.value_shape)
+
+
+def _as_it_is(support: Any) -> Transform:
+    return identity_transform
 
 
 def _summable(site: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.draws import posterior_density
 
 __all__ = ["FlowChains", "flow_mcmc", "split_rhat"]
 
@@ -84,8 +85,8 @@ def flow_mcmc(
         arXiv:1903.03704 Gabrié, Rotskoff, Vanden-Eijnden (2022), Adaptive Monte Carlo augmented
         with normalizing flows. arXiv:2105.12603
     """
-    guide.setup(*args, **kwargs)
-    density, transform = guide.density(*args, **kwargs), guide.get_transform()
+    density = posterior_density(model, guide, args, kwargs)
+    transform = guide.get_transform()
     base, D = guide.get_base_dist(), guide.latent_dim
 
     def log_target(z: Tensor) -> Tensor:
