@@ -1,28 +1,48 @@
-"""How far to trust a guide, and its draws in ArviZ."""
+"""How far to trust a guide."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
-from pyro.poutine.messenger import Messenger
+from pyro.distributions import ImproperUniform, MaskedDistribution
+from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
+from torch.distributions import Independent
 
-from pyroflows.guides.draws import GuideDraws, draw, importance_resample
+from pyroflows.arviz import to_arviz
+from pyroflows.guides.draws import (
+    GuideDraws,
+    GuideRuns,
+    draw_from,
+    flat_values,
+    importance_resample,
+    posterior_density,
+)
 from pyroflows.guides.latent import LatentDensity
-from pyroflows.guides.prefit import normal_points, prefit
+from pyroflows.guides.probes import (
+    Frame,
+    Gradients,
+    Marginals,
+    chains,
+    find_modes,
+    scattered_starts,
+)
+from pyroflows.guides.rows import NotJudged, WholeDensity
 from pyroflows.guides.weights import WeightSummary, pareto_k, smooth_weights, summarize_weights
 
 __all__ = ["Diagnosis", "diagnose", "importance_resample", "pareto_k", "to_arviz"]
 
+_BLIND = "narrow modes far from every start, and what the chains are too short to reach"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """The verdict on a guide; ``print`` it.
 
@@ -30,15 +50,19 @@ class Diagnosis:
         weights: ELBO with its error, evidence, effective sample size, spread and tail of the
             log-weights.
         divergence: Estimate of KL(guide || posterior) in nats: the larger of log-evidence minus
-            ELBO and half the squared spread of the log-weights.
+            ELBO and half the squared spread of the log-weights. A lower bound, as the evidence is,
+            where the tail of the weights (k-hat) is above 0.7.
         shifts: For each site, how far its means move under importance weights, in posterior
-            standard deviations; the largest over its entries.
-        wider_evidence: Largest log-evidence found by proposals that do not come from the guide: a
-            larger one than the guide's own means posterior mass that the guide misses. NaN if not
-            searched.
-        ok: Whether nothing speaks against the guide.
+            standard deviations; the largest over its entries. Constant entries do not move.
+        wider_evidence: Log-evidence with the modes that the search found and the guide lacks: more
+            than the guide's own means posterior mass that it misses. NaN if not searched.
+        ok: Whether the guide was judged and nothing speaks against it.
         problems: What does, in plain words.
         advice: What to try next.
+        checks: What was looked at, and what was not and why; a line each.
+        searched: Whether the search for mass elsewhere ran, chains and all.
+        seconds: Time it took.
+        not_judged: Why there is no verdict, empty if there is one.
     """
 
     weights: WeightSummary
@@ -48,69 +72,71 @@ class Diagnosis:
     ok: bool
     problems: tuple[str, ...]
     advice: tuple[str, ...]
+    checks: tuple[str, ...] = ()
+    searched: bool = False
+    seconds: float = 0.0
+    not_judged: str = ""
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
-        if self.ok:
+        """One sentence, or two."""
+        if self.not_judged:
+            return f"Not judged: {self.not_judged}."
+        if self.problems:
+            return "Do not trust this guide as it is: " + "; ".join(self.problems) + "."
+        if self.searched:
             return (
-                "The guide agrees with the posterior, as far as its own draws and a search for "
-                "other modes can tell."
+                "The guide agrees with the posterior, as far as its own draws, a search for other "
+                "modes and chains from its draws can tell."
             )
-        return "Do not trust this guide as it is: " + "; ".join(self.problems) + "."
+        return (
+            "The guide agrees with the posterior as far as its own draws can tell; whether it "
+            "misses something elsewhere was not, or not wholly, searched."
+        )
 
     def __str__(self) -> str:
         w = self.weights
-        shifts = sorted(self.shifts.items(), key=lambda item: -item[1])[:5]
+        if self.not_judged:
+            return f"{self.verdict}\n  {self.seconds:.1f} seconds"
+        above = "" if w.pareto_k < 0.7 else "at least "
+        shifts = sorted(self.shifts.items(), key=lambda item: -item[1])[:4]
         lines = [
             self.verdict,
-            f"  ELBO {w.elbo:.3f} ± {w.elbo_error:.3f}   log-evidence {w.log_evidence:.3f}   "
-            f"KL to the posterior about {self.divergence:.3f} nats",
+            f"  ELBO {w.elbo:.3f} ± {w.elbo_error:.3f}   log-evidence {above}"
+            f"{w.log_evidence:.3f}   KL to the posterior {above or 'about '}"
+            f"{self.divergence:.3f} nats",
             f"  effective sample size {w.effective_sample_size:.1%}   "
             f"log-weight sd {w.log_weight_sd:.3f}   "
             f"Pareto k {w.pareto_k:.2f}   ({w.num_draws} draws, {w.num_dropped} not finite)",
             "  largest shifts of means under weights (sd): "
             + ", ".join(f"{k} {v:.2f}" for k, v in shifts),
+            *(f"  {check}" for check in self.checks),
+            f"  not seen by any: {_BLIND}; {self.seconds:.1f} seconds",
         ]
-        if math.isfinite(self.wider_evidence):
-            lines.append(f"  log-evidence from wider proposals {self.wider_evidence:.3f}")
         return "\n".join(lines + [f"  Try: {a}." for a in self.advice])
 
+    __repr__ = __str__
 
-def _search(
-    draws: GuideDraws, model: Callable, args: tuple, kwargs: dict[str, Any], num: int
-) -> tuple[float, float]:
-    """Log-evidence, and its lower bound, from a mixture of Gaussians that knows of other modes.
 
-    Its parts are the modes found from many starts, with the curvature there or matched scores, and
-    the moments of the guide's own draws, widened.
-    """
-    density = LatentDensity(model, args, kwargs)
-    u = density.unconstrain(draws.values).double()
-    u = u[u.isfinite().all(-1)]
-    parts: list[tuple[Tensor, Tensor]] = []
-    if len(u) > 2 * density.dim:
-        factor, bad = torch.linalg.cholesky_ex(torch.cov(u.T).reshape(density.dim, density.dim))
-        if not bad:
-            parts += [(u.mean(0), widen * factor) for widen in (1.2, 2.0)]
-    frozen = density.frozen()
-    _, found, _ = prefit(frozen, density.init_loc, num_starts=16, num_modes=8)
-    parts += [(g.loc, 1.1 * g.scale_tril) for g in found[1:] if math.isfinite(g.elbo)]
-    mixture = [torch.distributions.MultivariateNormal(m, scale_tril=L) for m, L in parts]
-    z = normal_points(max(200, num // len(parts)), density.dim, like=u, seed=7)
-    points = torch.cat([m + z @ L.T for m, L in parts])
-    with torch.no_grad():
-        log_q = torch.stack([q.log_prob(points) for q in mixture]).logsumexp(0) - math.log(
-            len(parts)
-        )
-        log_p = (
-            frozen(points.to(density.init_loc)).double().nan_to_num(-math.inf, posinf=-math.inf)
-        )
-    log_w = log_p - log_q
-    top = log_w.max()
-    w = (log_w - top).exp()
-    low = w.mean() - 2 * w.std() / len(w) ** 0.5
-    return (top + w.mean().log()).item(), (top + low.clamp(min=0).log()).item()
+@dataclass
+class _Examination:
+    """What is found on the way to a :class:`Diagnosis`."""
+
+    problems: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
+    wider: float = math.nan
+    complete: bool = True
+
+    def against(self, problem: str, *advice: str) -> None:
+        """Something speaks against the guide."""
+        self.problems.append(problem)
+        self.advice += [a for a in advice if a not in self.advice]
+
+    def skipped(self, check: str) -> None:
+        """Something could not be looked at."""
+        self.checks.append(check)
+        self.complete = False
 
 
 def diagnose(
@@ -119,199 +145,297 @@ def diagnose(
     *args: Any,
     num_samples: int = 4000,
     search: bool = True,
+    max_time: float = 60.0,
     **kwargs: Any,
 ) -> Diagnosis:
     """Say how far to trust a guide: any flow or auto-guide, or a custom one.
 
-    Importance weights tell how well the guide matches the posterior where it puts its draws. They
-    cannot see mass that the guide misses, so a search from elsewhere (the pre-fit's, and the
-    guide's own draws spread wider) compares evidence. No single number suffices: k-hat is
-    scale-free, so that a guide with log-weights of spread 0.01 can show 0.7.
+    - *Importance weights* of the guide's draws tell how well it matches the posterior where it
+      puts them. No single number suffices: k-hat is scale-free, so that a guide with log-weights
+      of spread 0.01 can show 0.7.
+    - *Modes* are climbed to from some 70 starts: around the initial point, at draws from the
+      prior, on spheres up to 100 of the guide's standard deviations away. The mass around each is
+      compared with the guide's.
+    - *Chains* from the guide's draws keep the posterior: if the guide is right they stay in it,
+      if its tails are too light or cut, or it is too narrow, they leave.
+    - *The prior's* draws, weighted by the likelihood, are compared too where enough of them count.
 
-    Cost: ``num_samples`` evaluations of the model and, for the search, a few thousand gradients.
+    None sees a narrow mode far from every start. Subsampled plates are visited whole; what cannot
+    be, is not judged. A guide that is a point (``AutoDelta``) has no density, and is said to.
+
+    Cost: ``num_samples`` evaluations of the model; for the search, some 150 batches of 80
+    gradients and 500 of up to 256, as time allows.
 
     Args:
         model: The model.
         guide: The guide, fitted.
         *args: Arguments of both.
         num_samples: Draws from the guide.
-        search: Whether to search for missed mass; skipped beyond 300 latents.
+        search: Whether to look beyond them.
+        max_time: Seconds after which the search stops; the verdict then says so.
         **kwargs: Keyword arguments of both.
+
+    Raises:
+        ValueError: If the guide draws no value for a continuous latent of the model.
     """
-    draws = draw(model, guide, *args, num_samples=num_samples, **kwargs)
+    begun = time.monotonic()
+    try:
+        density = posterior_density(model, guide, args, kwargs)
+    except NotJudged as reason:
+        return _without_verdict(str(reason), time.monotonic() - begun)
+    draws = draw_from(guide, density, num_samples, args, kwargs)
     weights = summarize_weights(draws.log_weights)
-    log_w, k = smooth_weights(draws.log_weights)
+    log_w, _ = smooth_weights(draws.log_weights)
     w = log_w.exp().nan_to_num(0.0)
     shifts = {name: _shift(value, w) for name, value in draws.values.items()}
-    wider, wider_low = math.nan, -math.inf
-    size = sum(v[0].numel() for v in draws.values.values())
-    if search and size <= 300:
-        try:
-            wider, wider_low = _search(draws, model, args, kwargs, num_samples)
-        except (RuntimeError, ValueError, NotImplementedError):  # latents that cannot be flattened
-            pass
     divergence = max(weights.log_evidence - weights.elbo, 0.5 * weights.log_weight_sd**2)
-    problems, advice = [], []
-    if weights.num_dropped > 0.01 * weights.num_draws or not math.isfinite(weights.elbo):
-        problems.append(
-            f"{weights.num_dropped} of {weights.num_draws} draws have weights that are not finite"
+    seen = _Examination()
+    points = _points(density, draws)
+    if points:
+        seen.against(
+            f"{points} a point, not a density: ELBO, evidence and weights mean nothing",
+            "take it as a point estimate, or fit a guide with a density (AutoFlow, AutoNormal)",
         )
-        advice.append("bound the supports, or look for overflow in the model; run in float64")
-    if not divergence < 0.12:
-        problems.append(f"it is about {divergence:.2f} nats from the posterior where it looks")
-        advice.append(
-            "fit longer or with a larger flow (fit_guide with num_steps=); then reparameterize "
-            "the model"
-        )
-    far = {name: s for name, s in shifts.items() if not s < 0.3}
-    if far and (k < 0.7 or divergence > 0.05):
-        worst = max(far, key=lambda name: far[name])
-        problems.append(
-            f"importance weights move '{worst}' by {far[worst]:.2f} posterior standard deviations"
-        )
-        if k < 0.7:
-            advice.append("use importance_resample: the weights are good enough (k-hat below 0.7)")
-    if wider_low > weights.log_evidence + 0.2:
-        missed = -math.expm1(weights.log_evidence - wider)
-        problems.append(f"it misses about {missed:.0%} of the posterior mass, found elsewhere")
-        advice.append(
-            "fit with tempering (fit_guide with temperature=30.0) or from another init_loc_fn; "
-            "several modes may exist"
-        )
+    else:
+        _judge_weights(seen, weights, divergence, shifts)
+        if search:
+            with torch.random.fork_rng(), pyro.validation_enabled(False):
+                torch.manual_seed(0)
+                _look_elsewhere(seen, density, draws, weights, w, begun + max_time)
+        else:
+            seen.skipped("no search for other modes, no chains (search=False)")
     return Diagnosis(
-        weights, divergence, shifts, wider, not problems, tuple(problems), tuple(advice)
+        weights,
+        divergence,
+        shifts,
+        seen.wider,
+        not seen.problems,
+        tuple(seen.problems),
+        tuple(seen.advice),
+        tuple(seen.checks),
+        seen.complete and not points,
+        time.monotonic() - begun,
     )
 
 
+def _without_verdict(reason: str, seconds: float) -> Diagnosis:
+    empty = summarize_weights(torch.empty(0))
+    return Diagnosis(
+        empty, math.nan, {}, math.nan, False, (), (), seconds=seconds, not_judged=reason
+    )
+
+
+def _points(density: WholeDensity, draws: GuideDraws) -> str:
+    """Names of the sites of which all draws are the same, as the subject of a sentence."""
+    still = (draws.latent == draws.latent[0]).all(0)
+    names = [s.name for s in density.sites if still[s.start : s.start + s.size].all() and s.size]
+    if not names or len(draws.latent) == 1:
+        return ""
+    return ", ".join(f"'{n}'" for n in names[:4]) + (" is" if len(names) == 1 else " are each")
+
+
 def _shift(value: Tensor, w: Tensor) -> float:
-    """Largest |weighted mean − mean| over the entries of a site, in weighted sd."""
+    """Largest |weighted mean − mean| over the moving entries of a site, in weighted sd."""
     x = value.detach().double().reshape(len(value), -1)
     if not x.isfinite().all():
         return math.inf
+    eps = torch.finfo(value.dtype if value.is_floating_point() else torch.float64).eps
+    x = x[:, x.std(0) > 100 * eps * x.abs().amax(0)]
+    if not x.shape[1]:
+        return 0.0
     mean = w @ x
     sd = (w @ (x - mean).square()).sqrt()
-    sd = torch.maximum(sd, 1e-3 * x.std(0)).clamp(min=1e-300)
-    return ((mean - x.mean(0)).abs() / sd).max().item() if x.shape[1] else 0.0
+    sd = torch.maximum(sd, 1e-3 * x.std(0))
+    return ((mean - x.mean(0)).abs() / sd).max().item()
 
 
-# ------------------------------------------------------------------------------------ ArviZ
+def _judge_weights(
+    seen: _Examination, weights: WeightSummary, divergence: float, shifts: dict[str, float]
+) -> None:
+    if weights.num_dropped > 0.01 * weights.num_draws or not math.isfinite(weights.elbo):
+        seen.against(
+            f"{weights.num_dropped} of {weights.num_draws} draws have weights that are not finite",
+            "bound the supports, or look for overflow in the model; run in float64",
+        )
+    if not divergence < 0.12:
+        seen.against(
+            f"it is {'at least' if weights.pareto_k > 0.7 else 'about'} {divergence:.2f} nats "
+            "from the posterior where it looks",
+            "fit longer or with a larger flow (fit_guide with num_steps=); then reparameterize "
+            "the model",
+        )
+    if weights.pareto_k > 1 and divergence > 0.02:
+        seen.against(
+            "its tails are too light: the weights, far out, have no mean (k-hat "
+            f"{weights.pareto_k:.1f})",
+            "use a flow or family with heavier tails, or reparameterize the model",
+        )
+    far = {name: s for name, s in shifts.items() if not s < 0.3}
+    if far and (weights.pareto_k < 0.7 or divergence > 0.05):
+        worst = max(far, key=lambda name: far[name])
+        seen.against(
+            f"importance weights move '{worst}' by {far[worst]:.2f} posterior standard deviations"
+        )
+        if weights.pareto_k < 0.7:
+            seen.advice.append(
+                "use importance_resample: the weights are good enough (k-hat below 0.7)"
+            )
 
 
-def _array(value: Tensor) -> Any:
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+# ------------------------------------------------------------------------------------ elsewhere
 
 
-class _Predictive(Messenger):
-    """Give latents values and sample what was observed, factors and deterministic sites aside."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.predicted: list[dict[str, Any]] = []
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values:
-            msg["value"] = self.values[msg["name"]]
-        elif msg["is_observed"] and not _no_data(msg):
-            msg.update(is_observed=False, value=None, done=False)
-            self.predicted.append(msg)
-
-
-def _no_data(site: Mapping[str, Any]) -> bool:
-    """Whether an observed site is a factor or a deterministic one."""
-    return isinstance(site["fn"], Unit) or bool(site["infer"].get("_deterministic"))
-
-
-def _predict(
-    model: Callable, values: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Draws of the observed sites, one for each draw of the latents."""
-    found: dict[str, list[Tensor]] = {}
-    for s in range(len(next(iter(values.values())))):
-        run = _Predictive({name: value[s] for name, value in values.items()})
-        with torch.no_grad(), poutine.block(), run:
-            model(*args, **kwargs)
-        for msg in run.predicted:
-            found.setdefault(msg["name"], []).append(msg["value"])
-    return {name: torch.stack(draws) for name, draws in found.items()}
+def _look_elsewhere(
+    seen: _Examination,
+    density: WholeDensity,
+    draws: GuideDraws,
+    weights: WeightSummary,
+    w: Tensor,
+    until: float,
+) -> None:
+    """Modes, chains, prior: each says what it found, or why it did not look."""
+    ok = draws.latent.isfinite().all(-1)
+    u, w = draws.latent[ok].double(), w[ok]
+    if len(u) < 100:
+        seen.skipped(f"no search: {len(u)} of {len(ok)} draws are finite")
+        return
+    gradients = Gradients(density, Frame.of(u))
+    marginals = Marginals(u, _coordinates(density))
+    _search_modes(seen, gradients, u, weights, until)
+    if weights.pareto_k < 0.7:
+        _blame(seen, marginals.departures(marginals.of(u), w), "by the importance weights")
+    _follow_chains(seen, gradients, marginals, u, until)
+    _ask_prior(seen, marginals, density, len(u), until)
 
 
-def to_arviz(
-    model: Callable,
-    guide: Callable,
-    *args: Any,
-    num_samples: int = 1000,
-    predictive: bool = True,
-    coords: Mapping[str, Any] | None = None,
-    dims: Mapping[str, list[str]] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Draws from a guide as ArviZ data, under ArviZ 0.23 and 1.x.
-
-    Groups: posterior; posterior_predictive; log_likelihood, pointwise also inside ``to_event``;
-    observed_data; sample_stats with ``log_weight`` (log p − log q) and ``lp``. One chain. Plates
-    give their names to the dimensions.
-
-    Args:
-        model: The model.
-        guide: The guide, fitted.
-        *args: Arguments of both.
-        num_samples: Number of draws.
-        predictive: Whether to add posterior_predictive, which runs the model once per draw.
-        coords: Coordinates of dimensions, those of plates included.
-        dims: Names of dimensions for some sites, instead of those of plates.
-        **kwargs: Keyword arguments of both.
-
-    Returns:
-        ``arviz.InferenceData`` under 0.x, ``xarray.DataTree`` under 1.x.
-
-    Raises:
-        ImportError: If ArviZ is not installed.
-    """
-    import arviz
-
-    draws = draw(model, guide, *args, num_samples=num_samples, **kwargs)
-    with torch.no_grad(), poutine.block():
-        trace = poutine.trace(
-            poutine.replay(model, trace=poutine.trace(guide).get_trace(*args, **kwargs))
-        ).get_trace(*args, **kwargs)
-    observed = {
-        name: trace.nodes[name]["value"]
-        for name in draws.log_likelihood
-        if not _no_data(trace.nodes[name])
-    }
-    drawn = {**draws.values, **draws.deterministic}
-    groups: dict[str, dict[str, Any]] = {
-        "posterior": {k: _array(v)[None] for k, v in drawn.items()},
-        "sample_stats": {
-            "log_weight": _array(draws.log_weights)[None],
-            "lp": _array(draws.log_prob)[None],
-        },
-    }
-    if observed:
-        groups["observed_data"] = {k: _array(v) for k, v in observed.items()}
-        groups["log_likelihood"] = {k: _array(v)[None] for k, v in draws.log_likelihood.items()}
-        if predictive:
-            predicted = _predict(model, draws.values, args, kwargs)
-            groups["posterior_predictive"] = {
-                k: _array(v)[None] for k, v in predicted.items() if k in observed
-            }
-    named = _plate_dims(draws, {**{k: v[0] for k, v in drawn.items()}, **observed})
-    named.update(dims or {})
-    attrs = {"inference_library": "pyroflows"}
-    from_dict: Any = functools.partial(arviz.from_dict, coords=dict(coords or {}), dims=named)
-    # hasattr tests mislead: 1.x answers True to InferenceData
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        return from_dict(groups, attrs={"/": attrs})
-    return from_dict(**groups, attrs=attrs)
+def _blame(seen: _Examination, departures: list[tuple[float, str]], source: str) -> None:
+    if departures:
+        more = f" (and {len(departures) - 1} more)" if len(departures) > 1 else ""
+        seen.against(
+            f"{source}, {departures[0][1]}{more}",
+            "fit longer or with a larger flow, or sample with flow_mcmc; then reparameterize the "
+            "model",
+        )
 
 
-def _plate_dims(draws: GuideDraws, samples: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Names of the dimensions of each site, from its plates; axes of no plate are numbered."""
-    named = {}
-    for name, value in samples.items():
-        own = {axis: plate for plate, axis in draws.plates.get(name, [])}
-        if own:
-            named[name] = [own.get(i - value.dim(), f"{name}_dim_{i}") for i in range(value.dim())]
-    return named
+def _coordinates(density: WholeDensity) -> list[str]:
+    """A name for each entry of the flat vector."""
+    return [
+        s.name if s.size == 1 else f"{s.name}[{i}]" for s in density.sites for i in range(s.size)
+    ]
+
+
+def _log_sum(*terms: float) -> float:
+    return torch.tensor(terms, dtype=torch.float64).logsumexp(0).item()
+
+
+def _search_modes(
+    seen: _Examination,
+    gradients: Gradients,
+    u: Tensor,
+    weights: WeightSummary,
+    until: float,
+) -> None:
+    density = gradients.density
+    starts = scattered_starts(gradients.frame, u, density.init_loc, _prior_starts(density, 16))
+    modes = find_modes(gradients, starts, u, weights.log_evidence, until=until)
+    missing = [m for m in modes.found if math.isfinite(m.surely)]
+    seen.wider = _log_sum(weights.log_evidence, *(m.missing for m in missing))
+    surely = _log_sum(weights.log_evidence, *(m.surely for m in missing))
+    share, least = (max(0.0, -math.expm1(weights.log_evidence - z)) for z in (seen.wider, surely))
+    line = (
+        f"modes: {len(modes.found)} from {len(starts)} starts, {len(missing)} with mass that "
+        f"the guide lacks ({share:.0%} of the posterior)"
+    )
+    if modes.troubles:
+        line += f"; {len(modes.troubles)} could not be weighed ({modes.troubles[0]})"
+    if not modes.complete:
+        line += "; stopped by max_time"
+    seen.checks.append(line)
+    seen.complete &= modes.complete and bool(modes.found)
+    if least > 0.1:
+        seen.against(
+            f"it misses about {share:.0%} of the posterior mass, found elsewhere",
+            "fit from another init_loc_fn, or to draws of all modes (fit_guide_to_draws)",
+        )
+
+
+def _follow_chains(
+    seen: _Examination, gradients: Gradients, marginals: Marginals, u: Tensor, until: float
+) -> None:
+    density = gradients.density
+    if density.route == "one by one":
+        num, length = 64, 20
+    else:
+        num, length = max(64, min(1024, density.batch_size // 4, 2**18 // u.shape[1])), 40
+    num = min(num, len(u))
+    generator = torch.Generator().manual_seed(1)
+    run = chains(gradients, u[-num:], num_steps=length, until=until, generator=generator)
+    f = torch.stack([marginals.of(state) for state in run.states]).mean(0)
+    departures = marginals.departures(f)
+    steps = 2 * len(run.states)
+    line = f"chains: {num} of {steps} steps from the guide's draws"
+    if not run.complete:
+        seen.skipped(f"{line}, stopped by max_time")
+    else:
+        line += f", acceptance {run.acceptance:.0%}, " + (
+            "left the guide" if departures else "stayed in the guide"
+        )
+        seen.checks.append(line)
+    _blame(seen, departures, "by chains from its draws")
+
+
+def _prior_starts(density: LatentDensity, num: int) -> Tensor:
+    """Flat latents drawn from the prior, ``(num, D)``; improper sites at their middle."""
+    options = {"init_loc_fn": init_to_sample, "names": [s.name for s in density.sites]}
+    drawn = [
+        LatentDensity(density.model, density.args, density.kwargs, **options).init_loc
+        for _ in range(num)
+    ]
+    u = torch.stack(drawn)
+    return u[u.isfinite().all(-1)]
+
+
+def _improper(density: WholeDensity) -> str | None:
+    """Name of a site whose prior is no distribution."""
+    trace = density.trace(density.init_loc)
+    for site in density.sites:
+        fn, masked = trace.nodes[site.name]["fn"], trace.nodes[site.name]["mask"] is False
+        while isinstance(fn, Independent | MaskedDistribution):
+            masked |= getattr(fn, "_mask", None) is False
+            fn = fn.base_dist
+        if masked or isinstance(fn, ImproperUniform):
+            return site.name
+    return None
+
+
+def _ask_prior(
+    seen: _Examination, marginals: Marginals, density: WholeDensity, num: int, until: float
+) -> None:
+    """Compare with the prior's draws, weighted by the likelihood, where these suffice."""
+    flat = _improper(density)
+    if flat or density.enumerated or time.monotonic() > until:
+        reason = (
+            f"that of '{flat}' is improper"
+            if flat
+            else "max_time"
+            if not density.enumerated
+            else "labels are summed out"
+        )
+        seen.checks.append(f"prior: not compared ({reason})")
+        return
+    prior = poutine.block(density.model, hide_fn=lambda msg: bool(msg.get("is_observed")))
+    with torch.no_grad():
+        if density.route == "one by one":
+            num = min(num, 500)
+        values, log_q = GuideRuns(prior, density.args, density.kwargs, density)(num)
+        u = density.unconstrain(values)
+        log_w = density.over_values()(flat_values(density, values)) - log_q
+    w = torch.softmax(log_w.double().nan_to_num(-math.inf), 0)
+    u, w = u[u.isfinite().all(-1)].double(), w[u.isfinite().all(-1)]
+    effective = (1 / w.square().sum()).item()
+    if effective < 100:
+        seen.checks.append(f"prior: {num} draws, worth {effective:.0f}, too few to compare")
+        return
+    seen.checks.append(f"prior: {num} draws, worth {effective:.0f}, compared")
+    _blame(seen, marginals.departures(marginals.of(u), w), "by the prior's weighted draws")

@@ -288,10 +288,8 @@ class LatentDensity:
         """Flat vector ``(D,)`` of other initial values, such as ``init_to_sample``'s."""
         init = InitMessenger(functools.partial(init_where_possible, init_loc_fn))
         sites = self._prototype(init, self.model).nodes
-        values = [
-            onto_support(sites[s.name]["fn"].support).inv(sites[s.name]["value"])
-            for s in self.sites
-        ]
+        found = [sites[s.name] for s in self.sites]
+        values = [onto_support(site["fn"].support).inv(site["value"]) for site in found]
         return torch.cat([v.reshape(-1) for v in values]).to(self.init_loc)
 
     # -------------------------------------------------------------------------- one run
