@@ -25,7 +25,6 @@ from pyroflows.guides.draws import (
     importance_resample,
     posterior_density,
 )
-from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.probes import (
     Frame,
     Gradients,
@@ -301,10 +300,10 @@ def _look_elsewhere(
         return
     gradients = Gradients(density, Frame.of(u))
     marginals = Marginals(u, _coordinates(density))
-    _search_modes(seen, gradients, u, weights, until)
+    _search_modes(seen, density, gradients, u, weights, until)
     if weights.pareto_k < 0.7:
         _blame(seen, marginals.departures(marginals.of(u), w), "by the importance weights")
-    _follow_chains(seen, gradients, marginals, u, until)
+    _follow_chains(seen, density, gradients, marginals, u, until)
     _ask_prior(seen, marginals, density, len(u), until)
 
 
@@ -331,13 +330,15 @@ def _log_sum(*terms: float) -> float:
 
 def _search_modes(
     seen: _Examination,
+    density: WholeDensity,
     gradients: Gradients,
     u: Tensor,
     weights: WeightSummary,
     until: float,
 ) -> None:
-    density = gradients.density
     starts = scattered_starts(gradients.frame, u, density.init_loc, _prior_starts(density, 16))
+    if density.elements > 2**14:  # a third of every kind
+        starts = starts[::3]
     modes = find_modes(gradients, starts, u, weights.log_evidence, until=until)
     missing = [m for m in modes.found if math.isfinite(m.surely)]
     seen.wider = _log_sum(weights.log_evidence, *(m.missing for m in missing))
@@ -361,14 +362,18 @@ def _search_modes(
 
 
 def _follow_chains(
-    seen: _Examination, gradients: Gradients, marginals: Marginals, u: Tensor, until: float
+    seen: _Examination,
+    density: WholeDensity,
+    gradients: Gradients,
+    marginals: Marginals,
+    u: Tensor,
+    until: float,
 ) -> None:
-    density = gradients.density
+    each = density.elements
+    num = min(len(u), max(64, min(1024, 2**19 // each, 2**18 // u.shape[1])))
+    length = max(10, min(40, 2**28 // (6 * num * each)))
     if density.route == "one by one":
         num, length = 64, 20
-    else:
-        num, length = max(64, min(1024, density.batch_size // 4, 2**18 // u.shape[1])), 40
-    num = min(num, len(u))
     generator = torch.Generator().manual_seed(1)
     run = chains(gradients, u[-num:], num_steps=length, until=until, generator=generator)
     f = torch.stack([marginals.of(state) for state in run.states]).mean(0)
@@ -385,14 +390,9 @@ def _follow_chains(
     _blame(seen, departures, "by chains from its draws")
 
 
-def _prior_starts(density: LatentDensity, num: int) -> Tensor:
+def _prior_starts(density: WholeDensity, num: int) -> Tensor:
     """Flat latents drawn from the prior, ``(num, D)``; improper sites at their middle."""
-    options = {"init_loc_fn": init_to_sample, "names": [s.name for s in density.sites]}
-    drawn = [
-        LatentDensity(density.model, density.args, density.kwargs, **options).init_loc
-        for _ in range(num)
-    ]
-    u = torch.stack(drawn)
+    u = torch.stack([density.start(init_to_sample) for _ in range(num)])
     return u[u.isfinite().all(-1)]
 
 
@@ -426,8 +426,8 @@ def _ask_prior(
         return
     prior = poutine.block(density.model, hide_fn=lambda msg: bool(msg.get("is_observed")))
     with torch.no_grad():
-        if density.route == "one by one":
-            num = min(num, 500)
+        few = density.route == "one by one"
+        num = 500 if few else max(500, min(num, 2**28 // density.elements))
         values, log_q = GuideRuns(prior, density.args, density.kwargs, density)(num)
         u = density.unconstrain(values)
         log_w = density.over_values()(flat_values(density, values)) - log_q

@@ -7,16 +7,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta
 
-from pyroflows import diagnose
+from pyroflows import AutoFlow, diagnose, fit_guide
+from pyroflows.guides.routes import _Largest as Largest
 
 
-def one(distribution):
+def one(distribution, name="x"):
     """A model, or a guide, of one site."""
 
     def program(*args):
-        pyro.sample("x", distribution)
+        pyro.sample(name, distribution)
 
     return program
 
@@ -154,3 +155,117 @@ def test_wrong_guides_are_flagged(name):
     verdict = diagnose(model, guide, num_samples=2000)
     assert not verdict.ok
     assert re.search(reason, verdict.verdict), verdict
+
+
+X = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+GROUP = torch.arange(30) % 2
+
+
+def by_vmap(y):
+    """|X b| + a[G]: two modes in b, and a model that takes no batch."""
+    b = pyro.sample("b", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("row", 30):
+        pyro.sample("y", dist.Normal(((X @ b)[0] * X[:, 0]).abs() + a[GROUP], 0.5), obs=y)
+
+
+def batch_of_one(y):
+    """Batch shape (1,) without a plate."""
+    m = pyro.sample("m", dist.Normal(torch.zeros(1), 3.0))
+    pyro.sample("y", dist.Normal(m.abs(), 0.5), obs=y[:1])
+
+
+@pytest.mark.parametrize("model", [by_vmap, batch_of_one])
+def test_the_search_runs_wherever_the_fit_ran(model):
+    y = torch.full((30,), 4.0) if model is batch_of_one else 2 * X[:, 0].abs()
+    guide = AutoFlow(model)
+    fit_guide(model, guide, y, seed=0, progress=False, num_steps=100)
+    verdict = diagnose(model, guide, y, num_samples=1000)
+    assert re.search("misses about (4[4-9]|5[0-6])%", verdict.verdict), verdict
+
+
+def test_what_was_not_searched_is_said():
+    verdict = diagnose(RIGHT["normal"], RIGHT["normal"], num_samples=200, search=False)
+    assert verdict.ok and not verdict.searched
+    assert "not wholly, searched" in verdict.verdict and "search=False" in str(verdict)
+    verdict = diagnose(RIGHT["normal"], RIGHT["normal"], num_samples=200, max_time=0.0)
+    assert verdict.ok and not verdict.searched and "stopped by max_time" in str(verdict)
+
+
+def test_errors_of_the_search_are_not_swallowed(monkeypatch):
+    def broken(*args, **kwargs):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("pyroflows.diagnostics.find_modes", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        diagnose(RIGHT["normal"], RIGHT["normal"], num_samples=200)
+
+
+def test_candidates_that_cannot_be_weighed_are_said(monkeypatch):
+    def failing(*args, **kwargs):
+        raise torch.linalg.LinAlgError("linalg.eigh: did not converge")
+
+    monkeypatch.setattr("pyroflows.guides.probes.laplace", failing)
+    verdict = diagnose(RIGHT["normal"], RIGHT["normal"], num_samples=200)
+    assert not verdict.searched and "did not converge" in str(verdict)
+
+
+def test_points_are_not_densities():
+    guide = AutoDelta(lkj)
+    guide()
+    verdict = diagnose(lkj, guide, num_samples=100)
+    assert not verdict.ok and "'L', 's' are each a point, not a density" in verdict.verdict
+    assert verdict.shifts == {"L": 0.0, "s": 0.0}
+
+
+N, SIZE = 103, 20
+ROWS = torch.randn(N, generator=torch.Generator().manual_seed(1)) + 1
+
+
+def subsampled(y):
+    m = pyro.sample("m", dist.Normal(0.0, 10.0))
+    with pyro.plate("row", N, subsample_size=SIZE) as index:
+        pyro.sample("y", dist.Normal(m, 1.0), obs=y[index] if len(y) == N else y)
+
+
+def posterior_of_the_mean(shift=0.0):
+    precision = N + 1 / 100
+    mean = ROWS.double().sum() / precision + shift * precision**-0.5
+    return one(dist.Normal(mean.float(), precision**-0.5), "m")
+
+
+def test_subsampled_data_are_judged_whole():
+    exact = diagnose(subsampled, posterior_of_the_mean(), ROWS, num_samples=500)
+    evidence = dist.MultivariateNormal(
+        torch.zeros(N).double(), torch.eye(N).double() + 100
+    ).log_prob(ROWS.double())
+    assert exact.ok and exact.weights.elbo == pytest.approx(evidence.item(), abs=1e-3), exact
+    assert exact.weights.log_weight_sd < 1e-3
+    wrong = diagnose(subsampled, posterior_of_the_mean(1.0), ROWS, num_samples=500, search=False)
+    assert not wrong.ok
+
+
+def test_a_minibatch_alone_is_not_judged():
+    verdict = diagnose(subsampled, posterior_of_the_mean(), ROWS[:SIZE], num_samples=500)
+    assert not verdict.ok and not verdict.problems
+    assert "Not judged: the plate 'row' has 103 rows and the model was given 20" in str(verdict)
+
+
+def test_heavy_weights_make_evidence_and_divergence_lower_bounds():
+    text = str(diagnose(RIGHT["Cauchy"], one(dist.Normal(0.0, 1.6)), search=False))
+    assert "log-evidence at least" in text and "KL to the posterior at least" in text
+
+
+def test_memory_is_bounded_with_many_rows():
+    y = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    precision = len(y) + 1
+    guide = one(dist.Normal(y.sum() / precision, precision**-0.5), "m")
+    with Largest() as seen:
+        verdict = diagnose(model, guide, y, num_samples=200)
+    assert seen.numel < 2**23 + 1 and verdict.weights.log_weight_sd < 0.05

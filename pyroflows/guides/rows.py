@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyroflows.guides.evaluation import Evaluation
-from pyroflows.guides.latent import LatentDensity
+from pyroflows.guides.latent import BUDGET, LatentDensity
 from pyroflows.guides.routes import seeded
 
 __all__ = ["NotJudged", "Subsampled", "WholeDensity", "subsampled_plates"]
@@ -155,6 +155,12 @@ class WholeDensity(LatentDensity):
         self._rows = _Rows(self.plates)
         self.model = self._rows(self.model)
         self._subsampled = False
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest tensors of all runs for one point: what an evaluation costs."""
+        runs = math.prod(p.num_blocks for p in self.plates) + bool(self.plates)
+        return BUDGET // self.batch_size * runs
 
     def _blocks(self) -> Iterator[dict[str, int]]:
         names = [p.name for p in self.plates]
