@@ -25,6 +25,7 @@ from pyroflows.guides.draws import (
     importance_resample,
     posterior_density,
 )
+from pyroflows.guides.latent import LatentSite
 from pyroflows.guides.probes import (
     Frame,
     Gradients,
@@ -186,7 +187,7 @@ def diagnose(
     weights = summarize_weights(draws.log_weights)
     log_w, _ = smooth_weights(draws.log_weights)
     w = log_w.exp().nan_to_num(0.0)
-    shifts = {name: _shift(value, w) for name, value in draws.values.items()}
+    shifts = {s.name: _shift(_entries(density, draws, s), w) for s in density.sites}
     divergence = max(weights.log_evidence - weights.elbo, 0.5 * weights.log_weight_sd**2)
     seen = _Examination()
     points = _points(density, draws)
@@ -231,6 +232,14 @@ def _points(density: WholeDensity, draws: GuideDraws) -> str:
     if not names or len(draws.latent) == 1:
         return ""
     return ", ".join(f"'{n}'" for n in names[:4]) + (" is" if len(names) == 1 else " are each")
+
+
+def _entries(density: WholeDensity, draws: GuideDraws, site: LatentSite) -> Tensor:
+    """Values of a site, angles in one turn around their centre; ``(S, *site)``."""
+    part = slice(site.start, site.start + site.size)
+    if density.circular[part].any():
+        return density.turned(draws.latent)[:, part]
+    return draws.values[site.name]
 
 
 def _shift(value: Tensor, w: Tensor) -> float:
@@ -299,7 +308,7 @@ def _look_elsewhere(
         seen.skipped(f"no search: {len(u)} of {len(ok)} draws are finite")
         return
     gradients = Gradients(density, Frame.of(u))
-    marginals = Marginals(u, _coordinates(density))
+    marginals = Marginals(u, _coordinates(density), density.turned)
     _search_modes(seen, density, gradients, u, weights, until)
     if weights.pareto_k < 0.7:
         _blame(seen, marginals.departures(marginals.of(u), w), "by the importance weights")

@@ -101,6 +101,8 @@ RIGHT = {
             dist.Categorical(torch.ones(2)), dist.Normal(torch.tensor([-6.0, 6.0]), 0.5)
         )
     ),
+    "angle across the cut": one(dist.VonMises(3.0, 4.0)),
+    "flat angle": one(dist.VonMises(3.0, 0.3)),
     "funnel": funnel(dist.Normal(0.0, 3.0)),
     "310 latents": vector(dist.Normal(torch.zeros(310), 1.0)),
 }
@@ -119,6 +121,11 @@ def test_exact_guides_are_right(name):
 NORMAL, GAMMA = dist.Normal(0.0, 3.0), dist.Gamma(1.5, 0.2)
 NECK = Truncated(NORMAL, math.log(0.8413), low=-3.0)
 WRONG = {
+    "angle too narrow": (
+        RIGHT["angle across the cut"],
+        one(dist.VonMises(3.0, 16.0)),
+        "guide's (upper|lower) 1%",
+    ),
     "normal for t(3)": (
         RIGHT["t(3)"],
         one(dist.Normal(0.0, 1.2)),

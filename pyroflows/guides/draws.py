@@ -17,7 +17,7 @@ from torch.distributions import Independent
 from torch.utils._pytree import tree_leaves
 
 from pyroflows.guides.autoflow import AutoFlow
-from pyroflows.guides.evaluation import is_discrete, likelihoods
+from pyroflows.guides.evaluation import is_circular, is_discrete, likelihoods
 from pyroflows.guides.latent import BUDGET, LatentDensity, plate_nesting
 from pyroflows.guides.routes import largest_tensor
 from pyroflows.guides.rows import WholeDensity
@@ -74,7 +74,8 @@ def posterior_density(
         NotJudged: See :class:`~pyroflows.guides.rows.WholeDensity`.
     """
     names = guided_sites(guide, args, kwargs)
-    density = WholeDensity(model, args, kwargs, names=names)
+    centre = guide._modules["transport"].loc.clone() if isinstance(guide, AutoFlow) else None
+    density = WholeDensity(model, args, kwargs, names=names, centre=centre)
     lacking = {
         name for name, site in density.trace(density.init_loc).nodes.items() if _is_latent(site)
     } - {*names, *density.enumerated}
@@ -124,6 +125,8 @@ class GuideRuns:
         self.single_trace = _traced(guide, args, kwargs)
         self.nesting = max(density.nesting, plate_nesting(self.single_trace))
         self.batch_size = max(1, BUDGET // largest_tensor(self._single))
+        sites = (self.single_trace.nodes[name] for name in self.shapes)
+        self.turns = any(is_circular(site) for site in sites)  # its angles are on a circle
         self.ways = [self._native, self._vectorized, self._one_by_one]
 
     def __call__(self, num: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -218,9 +221,21 @@ def _weighed(
             log_p = density(u)
             values = density.constrain(u)
             return u, log_p - density.log_jacobian(u), log_p - posterior.log_prob(u), values
-    values, log_q = GuideRuns(guide, args, kwargs, density)(num)
-    log_p = density.over_values()(flat_values(density, values))
-    return density.unconstrain(values), log_p, log_p - log_q, values
+    runs = GuideRuns(guide, args, kwargs, density)
+    values, log_q = runs(num)
+    u = density.unconstrain(values)
+    if density.circular.any():
+        density.recentre(_circular_mean(u))
+        u = density.turned(u)
+    if density.free.any() or (density.circular.any() and not runs.turns):
+        log_p = density(u) - density.log_jacobian(u)
+    else:
+        log_p = density.over_values()(flat_values(density, values))
+    return u, log_p, log_p - log_q, values
+
+
+def _circular_mean(u: Tensor) -> Tensor:
+    return torch.atan2(u.sin().mean(0), u.cos().mean(0))
 
 
 def flat_values(density: LatentDensity, values: Mapping[str, Tensor]) -> Tensor:

@@ -249,6 +249,13 @@ class LatentDensity:
         self.centre = loc.to(self.init_loc)
         return loc
 
+    def turned(self, u: Tensor) -> Tensor:
+        """``u`` with each angle in the turn around its centre."""
+        if not self._turns:
+            return u
+        away = torch.remainder(u - self.centre + math.pi, 2 * math.pi) - math.pi
+        return torch.where(self.circular, self.centre + away, u)
+
     def _find_free(self, masked: Tensor) -> None:
         """Masked entries on which no log-density depends, at three points."""
         free = masked
@@ -395,11 +402,13 @@ class LatentDensity:
         return view
 
     def over_values(self) -> LatentDensity:
-        """The density of the sites' own values, ``(S, *site)`` laid side by side; no Jacobian.
+        """The density of the sites' own values, ``(S, *site)`` laid side by side.
 
-        It rounds nothing: at the edge of a support, values say less than unconstrained latents.
+        No Jacobian, no window of angles, and nothing rounded: at the edge of a support a value
+        says less than the latent that it came from.
         """
         view, start = copy.copy(self), 0
+        view._has_free, view._has_angles, view._free_sites = False, False, {}
         view.sites = []
         for s in self.sites:
             size, event_dim = math.prod(s.value_shape), s.event_dim - len(s.shape)
@@ -581,12 +590,8 @@ class LatentDensity:
         """log|det T'| of the map from ``u``, ``(S, D)``, to the sites' supports; ``(S,)``."""
 
         def at(point: Tensor) -> Tensor:
-            run, total = self.evaluate(point), torch.zeros(())
-            for s in self.sites:
-                x, value = s.unpack(point, self.nesting), run.values[s.name]
-                log_det = self._onto(run.supports[s.name]).log_abs_det_jacobian(x, value)
-                total = total + log_det.reshape(point.shape[:-1] + (-1,)).sum(-1)
-            return total
+            jacobian = torch.as_tensor(self.evaluate(point).jacobian, dtype=u.dtype)
+            return jacobian.to(u.device).expand(point.shape[:-1])
 
         return self._in_pieces(at, u) if self.vectorizes else self._mapped(at, u)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -91,10 +92,14 @@ class Marginals:
     Args:
         values: The guide's draws of each coordinate, ``(S, D)``.
         names: A name for each coordinate.
+        turned: Brings angles into one turn.
     """
 
-    def __init__(self, values: Tensor, names: list[str]) -> None:
-        self.names = names
+    def __init__(
+        self, values: Tensor, names: list[str], turned: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.names, self.turned = names, turned
+        values = turned(values)
         levels = torch.tensor([0.01, 0.16, 0.5, 0.84, 0.99]).to(values)
         low, left, self.centre, right, high = _quantiles(values, levels)
         self.scale = torch.maximum((right - left) / 2, values.std(0))
@@ -107,6 +112,7 @@ class Marginals:
 
     def of(self, values: Tensor) -> Tensor:
         """Place, spread, lower and upper tail of each; ``(S, D)`` to ``(S, 4, D)``."""
+        values = self.turned(values)
         t = ((values - self.centre) / self.scale).clamp(-20, 20)
         tails = values < self.low, values > self.high
         return torch.stack([t, t.abs(), *(tail.to(t) for tail in tails)], 1)

@@ -131,6 +131,7 @@ class WholeDensity(LatentDensity):
         kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        self.plates: list[Subsampled] = []
         super().__init__(model, args, kwargs, **options)
         seen = self.trace(self.init_loc)
         self.plates = subsampled_plates(seen)
