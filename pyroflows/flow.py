@@ -112,11 +112,15 @@ class Flow(PyroModule):
         base: Number of features (a standard normal), a distribution, or a module of
             :mod:`pyroflows.bases`.
         transforms: A bijection, or a sequence of them from noise to data.
+        embedding: A network that makes the context of images, sets or texts, learned and saved
+            with the flow: from ``(*batch, *anything)`` to ``(*batch, context_dim)``. What it
+            returns decides the batch shape of ``flow(image)``.
         name: Name for Pyro's param store, where the flow is not an attribute of another
             ``PyroModule``.
 
     Raises:
-        ValueError: If base and transforms disagree on the event shape or on ``context_dim``.
+        ValueError: If base and transforms disagree on the event shape or on ``context_dim``, or
+            there is an embedding and neither takes a context.
         TypeError: If base or transforms are of the wrong kind.
     """
 
@@ -125,6 +129,7 @@ class Flow(PyroModule):
         base: int | Distribution | nn.Module,
         transforms: Transform | Sequence[Transform],
         *,
+        embedding: nn.Module | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name or "")
@@ -144,6 +149,13 @@ class Flow(PyroModule):
         self.base = base
         self.transform = transform
         self.context_dim = transform.context_dim
+        if embedding is not None:
+            if not self.context_dim:
+                raise ValueError(
+                    "Flow: an embedding makes a context, but neither base nor transforms take "
+                    "one; build them with context_dim="
+                )
+            self.embedding = embedding
 
     def __call__(self, context: Tensor | None = None) -> FlowDistribution:
         if torch.compiler.is_compiling():  # Pyro's context manager would break the graph
@@ -169,7 +181,7 @@ class Flow(PyroModule):
 
         Arguments and errors as in :meth:`forward`.
         """
-        self._check_context(context)
+        context = self.embed(context)
         if not torch.compiler.is_compiling() and store.is_loaded(self._store_name):
             store.claim(self._store_name, self)  # also outside of inference
         base, transform = self._parts()
@@ -184,6 +196,41 @@ class Flow(PyroModule):
         if not torch.compiler.is_compiling():
             register_kl_of(FlowDistribution)
         return FlowDistribution(noise, transform, validate_args=False if free else None)
+
+    def embed(self, context: Any) -> Tensor | None:
+        """Return the context as the layers get it: what the embedding, if any, makes of it.
+
+        Raises:
+            TypeError: If a context is no tensor.
+            ValueError: If a context is missing, of the wrong shape, or not expected.
+        """
+        embedding = self._modules.get("embedding")
+        if context is None and self.context_dim:
+            what = (
+                "what its embedding takes"
+                if embedding is not None
+                else f"a context of shape (..., {self.context_dim})"
+            )
+            raise ValueError(f"this flow needs {what}: flow(context)")
+        if context is None:
+            return None
+        if not self.context_dim:
+            raise ValueError(
+                f"this flow takes no context; got one of shape {tuple(context.shape)}. "
+                "Build it with context_dim="
+            )
+        if embedding is None:
+            check_context(context, self.context_dim, "this flow")
+            return context
+        made = embedding(context)
+        check_context(made, self.context_dim, "this flow, of its embedding,")
+        batch = made.shape[:-1]
+        if isinstance(context, Tensor) and context.shape[: len(batch)] != batch:
+            raise ValueError(
+                f"the embedding must map (*batch, *anything) to (*batch, {self.context_dim}); it "
+                f"made {tuple(made.shape)} of {tuple(context.shape)}"
+            )
+        return made
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log-densities in nats, one for each event; one pass of data to noise.
@@ -326,7 +373,9 @@ class Flow(PyroModule):
             ValueError: If the flow's dtype cannot hold the variation of a feature.
         """
         transform = self._parts()[1]
-        if context is not None and transform.context_dim:
+        if "embedding" in self._modules:
+            context = self.embed(context) if x is not None and context is not None else None
+        elif context is not None and transform.context_dim:
             transform.context_units.fit_to(context, sample_weight, name="context", binary=True)
         if x is not None and transform.seam is not None:
             transform.units.fit_to(transform.before_seam(x, context), sample_weight)
@@ -347,23 +396,9 @@ class Flow(PyroModule):
         """Base and transform, past PyroModule's attributes, which tell Pyro of each access."""
         return self._modules["base"], self._modules["transform"]
 
-    def _check_context(self, context: Tensor | None) -> None:
-        if context is None and self.context_dim:
-            raise ValueError(
-                f"this flow needs a context of shape (..., {self.context_dim}): flow(context)"
-            )
-        if context is None:
-            return
-        if not self.context_dim:
-            raise ValueError(
-                f"this flow takes no context; got one of shape {tuple(context.shape)}. "
-                "Build it with context_dim="
-            )
-        check_context(context, self.context_dim, "this flow")
-
     def _register(self) -> None:
         if pyro.settings.get("module_local_params"):
-            _ = self.base, self.transform  # PyroModule's own way
+            _ = [getattr(self, name) for name in list(self._modules)]  # PyroModule's own way
             return
         store.register(self._store_name, self)
 

@@ -2,7 +2,8 @@
 
 Each recipe returns a :class:`pyroflows.flow.Flow` with defaults that are good, not minimal.
 
-Every recipe takes ``(input_dim, context_dim=0, *, num_transforms, hidden_dims, base, name)``. All
+Every recipe takes ``(input_dim, context_dim=0, *, num_transforms, hidden_dims, base, embedding,
+name)``. All
 start as their base distribution (the identity), except Glow, whose first batch of data sets its
 ActNorm layers.
 
@@ -100,9 +101,13 @@ def _autoregressives(
 
 
 def _flow(
-    base: BaseLike, input_dim: int, transforms: Sequence[Bijection], name: str | None
+    base: BaseLike,
+    input_dim: int,
+    transforms: Sequence[Bijection],
+    embedding: nn.Module | None,
+    name: str | None,
 ) -> Flow:
-    return Flow(input_dim if base is None else base, transforms, name=name)
+    return Flow(input_dim if base is None else base, transforms, embedding=embedding, name=name)
 
 
 def nice(
@@ -112,6 +117,7 @@ def nice(
     num_transforms: int = 8,
     hidden_dims: Sequence[int] | None = None,
     base: BaseLike = None,
+    embedding: nn.Module | None = None,
     name: str | None = None,
     **network: Any,
 ) -> Flow:
@@ -125,6 +131,7 @@ def nice(
         num_transforms: Number of couplings.
         hidden_dims: Widths of each network; two layers of 8 units a feature, 64 to 256, if None.
         base: A module of :mod:`pyroflows.bases` or a distribution; the standard normal if None.
+        embedding: Network that makes the context; see :class:`pyroflows.Flow`.
         name: Name for Pyro's param store.
         **network: ``residual`` and ``activation`` of :class:`pyroflows.conditioners.Dense`.
 
@@ -134,7 +141,7 @@ def nice(
     couplings = _couplings(
         additive_coupling, input_dim, context_dim, num_transforms, hidden_dims, **network
     )
-    return _flow(base, input_dim, [*couplings, elementwise_scale(input_dim)], name)
+    return _flow(base, input_dim, [*couplings, elementwise_scale(input_dim)], embedding, name)
 
 
 def realnvp(
@@ -144,6 +151,7 @@ def realnvp(
     num_transforms: int = 8,
     hidden_dims: Sequence[int] | None = None,
     base: BaseLike = None,
+    embedding: nn.Module | None = None,
     name: str | None = None,
     **network: Any,
 ) -> Flow:
@@ -157,7 +165,7 @@ def realnvp(
     couplings = _couplings(
         affine_coupling, input_dim, context_dim, num_transforms, hidden_dims, **network
     )
-    return _flow(base, input_dim, couplings, name)
+    return _flow(base, input_dim, couplings, embedding, name)
 
 
 def glow_step(
@@ -192,6 +200,7 @@ def glow(
     num_transforms: int = 8,
     hidden_dims: Sequence[int] | None = None,
     base: BaseLike = None,
+    embedding: nn.Module | None = None,
     name: str | None = None,
     **network: Any,
 ) -> Flow:
@@ -207,7 +216,7 @@ def glow(
         glow_step(input_dim, context_dim, hidden_dims=hidden_dims, **network)
         for _ in range(num_transforms)
     ]
-    return _flow(base, input_dim, steps, name)
+    return _flow(base, input_dim, steps, embedding, name)
 
 
 def iaf(
@@ -217,6 +226,7 @@ def iaf(
     num_transforms: int = 4,
     hidden_dims: Sequence[int] | None = None,
     base: BaseLike = None,
+    embedding: nn.Module | None = None,
     name: str | None = None,
     **network: Any,
 ) -> Flow:
@@ -233,7 +243,7 @@ def iaf(
     layers = _autoregressives(
         affine_autoregressive, input_dim, context_dim, num_transforms, hidden_dims, **network
     )
-    return _flow(base, input_dim, layers, name)
+    return _flow(base, input_dim, layers, embedding, name)
 
 
 def maf(
@@ -243,6 +253,7 @@ def maf(
     num_transforms: int = 5,
     hidden_dims: Sequence[int] | None = None,
     base: BaseLike = None,
+    embedding: nn.Module | None = None,
     name: str | None = None,
     **network: Any,
 ) -> Flow:
@@ -258,7 +269,7 @@ def maf(
     layers = _autoregressives(
         affine_autoregressive, input_dim, context_dim, num_transforms, hidden_dims, **network
     )
-    return _flow(base, input_dim, [layer.inv for layer in layers], name)
+    return _flow(base, input_dim, [layer.inv for layer in layers], embedding, name)
 
 
 def neural_spline(
@@ -268,6 +279,7 @@ def neural_spline(
     num_transforms: int | None = None,
     hidden_dims: Sequence[int] | None = None,
     base: BaseLike = None,
+    embedding: nn.Module | None = None,
     autoregressive: bool = False,
     count_bins: int = 8,
     bound: float = 5.0,
@@ -288,6 +300,7 @@ def neural_spline(
         num_transforms: Number of layers; 6 couplings or 3 autoregressive layers if None.
         hidden_dims: Widths of each network; two layers of 8 units a feature, 64 to 256, if None.
         base: A module of :mod:`pyroflows.bases` or a distribution; the standard normal if None.
+        embedding: Network that makes the context; see :class:`pyroflows.Flow`.
         autoregressive: Whether layers are autoregressive instead of couplings.
         count_bins: Bins of each spline.
         bound: Half-width of each spline's box.
@@ -304,4 +317,4 @@ def neural_spline(
         layers = [t.inv for t in _autoregressives(spline_autoregressive, *sizes, **network)]
     else:
         layers = _couplings(spline_coupling, *sizes, **network)
-    return _flow(base, input_dim, [*layers, elementwise_affine(input_dim)], name)
+    return _flow(base, input_dim, [*layers, elementwise_affine(input_dim)], embedding, name)

@@ -122,7 +122,8 @@ def fit(
         flow: Anything with ``log_prob(x, context)`` that is a module, such as a recipe's result;
             only a :class:`pyroflows.Flow` is standardized.
         x: Data, shape ``(n, *event)``; arrays and numeric DataFrames are taken too.
-        context: One context for each row, shape ``(n, context_dim)``.
+        context: One context for each row, shape ``(n, context_dim)``, or what the flow's
+            ``embedding`` takes, row by row; that is not standardized.
         num_epochs: Sweeps over the training part, at most.
         batch_size: Rows a step; None for about n / 20, between 32 and 512.
         lr: Largest learning rate.
@@ -238,11 +239,15 @@ def _failure(history: History) -> str | None:
     return None
 
 
+@torch.no_grad()
 def _standardize(flow: Flow, rows: Rows) -> None:
     """Set the units that the flow has not, unless it scores the rows better without them."""
     transform, some = flow.transform, rows.some(2048).to(flow)
     _, context, weight = rows
-    if context is not None:
+    if getattr(flow, "embedding", None) is not None:
+        embedded = transform.seam is not None and transform.seam < len(transform)
+        context = flow.embed(rows.to(flow).context) if embedded else None
+    elif context is not None:
         units = transform.context_units
         if units.active:
             _check_units(units, context, weight, "context")

@@ -41,6 +41,9 @@ class Rows(NamedTuple):
         """
         like = next(flow.parameters())
         x, context, weight = (None if v is None else v.to(like) for v in self)
+        if getattr(flow, "embedding", None) is not None and self.context is not None:
+            if not self.context.is_floating_point():
+                context = self.context.to(like.device)  # the embedding's business: ids, say
         rows = Rows(cast(Tensor, x), context, weight)
         for name, value in zip(_NAMES, rows, strict=True):
             _refuse(value, torch.isfinite, f"of {name} are beyond {like.dtype}; use flow.double()")
