@@ -7,8 +7,7 @@ are buffers, since Pyro warns about frozen parameters.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroflows.conditioners import Dense
+from pyroflows.constants import Constants
 
 __all__ = [
     "Base",
@@ -227,7 +227,7 @@ class ConditionalNormal(Base):
 
 
 class _Fixed(Base):
-    """A distribution that was made outside, with its tensors moved along by ``.to()``."""
+    """A distribution that was made outside; its numbers are buffers, its parameters stay so."""
 
     def __init__(self, distribution: Distribution) -> None:
         shape = distribution.event_shape or distribution.batch_shape
@@ -242,23 +242,10 @@ class _Fixed(Base):
             distribution = _Independent(distribution, ndims)
         elif not distribution.event_shape:
             distribution = _Independent(distribution, len(shape))
-        self.distribution = distribution
+        self.constants = Constants(distribution)
 
     def forward(self, context: Tensor | None = None) -> Distribution:
-        return self.distribution
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Fixed":
-        super()._apply(fn, recurse)
-        _apply_to_tensors(self.distribution, fn)
-        return self
-
-
-def _apply_to_tensors(thing: Any, fn: Callable[[Tensor], Tensor]) -> None:
-    for name, value in vars(thing).items():
-        if isinstance(value, Tensor):
-            vars(thing)[name] = fn(value)
-        elif isinstance(value, Distribution):
-            _apply_to_tensors(value, fn)
+        return self.constants.bind()
 
 
 def as_base(base: int | Distribution | nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ transform (calls, ``log_abs_det_jacobian``, ``inv``, ``condition``, shapes, copi
 written here once.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
+from pyroflows.constants import Constants
 from pyroflows.memory import Entry, show_nan, tensors_of, untracked
 from pyroflows.store import follow
+from pyroflows.supports import codomain_of, keep_inside, over, push
 
 __all__ = ["Bijection", "Compose", "Inverse", "as_bijection"]
 
@@ -72,6 +75,16 @@ class Bijection(TransformModule):
         """Return x and log|det dx/dy|, shape batch (or broadcastable to it)."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse direction")
 
+    def _image(
+        self, support: constraints.Constraint, inverse: bool = False
+    ) -> constraints.Constraint:
+        """Where values end that lie in ``support``; the codomain unless more is known."""
+        return self.domain if inverse else self.codomain
+
+    def _event_dim(self, inverse: bool) -> int:
+        """Axes of an event on the data side (``inverse``) or the noise side."""
+        return (self.codomain if inverse else self.domain).event_dim
+
     def _step(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """Either direction, inputs unchecked: for bijections made of bijections."""
         context = context if self.context_dim else None
@@ -103,14 +116,14 @@ class Bijection(TransformModule):
 
         NaN need not show in the log-determinant.
         """
-        event_dim = (self.codomain if inverse else self.domain).event_dim
+        event_dim = self._event_dim(inverse)
         self._check(value, event_dim, inverse)
         context = self._context
         if context is not None:
             batch = self._broadcast(value.shape, event_dim)
             value = value.expand(batch + value.shape[value.dim() - event_dim :])
         out, log_det = self._step(value, context, inverse)
-        event_dim = (self.domain if inverse else self.codomain).event_dim
+        event_dim = self._event_dim(not inverse)
         return out, log_det.expand(out.shape[: out.dim() - event_dim])
 
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
@@ -364,6 +377,14 @@ class Inverse(Bijection):
     def _context(self) -> Tensor | None:  # type: ignore[override]
         return self.transform._context
 
+    def _image(
+        self, support: constraints.Constraint, inverse: bool = False
+    ) -> constraints.Constraint:
+        return self.transform._image(support, not inverse)
+
+    def _event_dim(self, inverse: bool) -> int:
+        return self.transform._event_dim(not inverse)
+
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.transform._inverse_and_log_det(x, context)
 
@@ -432,7 +453,24 @@ class Compose(Bijection):
             raise ValueError(f"Compose: parts disagree on context_dim: {dims}")
         super().__init__(_chain_shape(members), context_dim=dims[0] if dims else 0)
         self.parts = nn.ModuleList(members)
-        self.domain, self.codomain, self._extra_dims = _chain_dims(members)
+        self.domain, self._last_codomain, self._extra_dims = _chain_dims(members)
+        # else no part has bounds
+        self._pushes = any(isinstance(m, _Wrapped) for part in members for m in part.modules())
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """Where the last part takes what comes from the domain of the first."""
+        return self._image(self.domain) if self._pushes else self._last_codomain
+
+    def _image(
+        self, support: constraints.Constraint, inverse: bool = False
+    ) -> constraints.Constraint:
+        for part in reversed(self.parts) if inverse else self.parts:
+            support = part._image(support, inverse)
+        return over(support, self._event_dim(not inverse))
+
+    def _event_dim(self, inverse: bool) -> int:
+        return (self._last_codomain if inverse else self.domain).event_dim
 
     @property
     def cheaper_inverse(self) -> bool:  # type: ignore[override]
@@ -523,74 +561,69 @@ def _chain_dims(
 class _Wrapped(Bijection):
     """Any torch or Pyro transform as a :class:`Bijection`.
 
-    A conditional one is conditioned at every call.
+    A conditional one is conditioned at every call. Its numbers are buffers. What lies outside the
+    codomain has log-determinant -inf on the way to the noise.
     """
 
     def __init__(self, transform: Any, context_dim: int = 0) -> None:
         super().__init__(getattr(transform, "event_shape", None), context_dim=context_dim)
-        self.transform = transform
-        if not isinstance(transform, nn.Module):
-            inner = [t for t in _inner_transforms(transform) if isinstance(t, nn.Module)]
-            if inner:  # their parameters are this module's
-                self.inner = nn.ModuleList(inner)
+        self.constants = Constants(transform)
+
+    @property
+    def transform(self) -> Any:
+        """The transform, with the present numbers."""
+        return self.constants.bind()
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        return self.transform.domain
+        return self.constants.thing.domain
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        return self.transform.codomain
+        return codomain_of(self.constants.thing)
 
     @property
     def sign(self) -> int:
         return self.transform.sign
 
     def _member(self, context: Tensor | None) -> Transform:
-        return self.transform if context is None else self.transform.condition(context)
+        transform = self.transform
+        return transform if context is None else transform.condition(context)
 
     # A fresh view of the input never meets what the transform itself cached.
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        transform, x = self._member(context), x.view_as(x)
+        transform = self._member(context)
+        x = x.view_as(x)
         y = transform(x)
-        return y, transform.log_abs_det_jacobian(x, y)
+        return y, _over_events(transform, x, y)
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        transform, y = self._member(context), y.view_as(y)
+        transform = self._member(context)
+        y, inside = keep_inside(codomain_of(transform), y.view_as(y))
         x = transform.inv(y)
-        return x, -transform.log_abs_det_jacobian(x, y)
+        log_det = -_over_events(transform, x, y)
+        if inside is None:
+            return x, log_det
+        event = inside.reshape(inside.shape + (1,) * transform.domain.event_dim)
+        return torch.where(event, x, 0.0), torch.where(inside, log_det, -math.inf)
+
+    def _image(
+        self, support: constraints.Constraint, inverse: bool = False
+    ) -> constraints.Constraint:
+        return push(self.transform.inv if inverse else self.transform, support)
 
     def _map_shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
         if self.context_dim:
             return shape
-        mapped = self.transform.inverse_shape if inverse else self.transform.forward_shape
-        return torch.Size(mapped(shape))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bijection":
-        super()._apply(fn, recurse)
-        _apply_to_plain_tensors(self.transform, fn)
-        return self
+        transform = self.transform
+        return torch.Size((transform.inverse_shape if inverse else transform.forward_shape)(shape))
 
 
-def _apply_to_plain_tensors(transform: Any, fn: Callable[[Tensor], Tensor]) -> None:
-    """Move the tensors of a transform that is no module, such as torch's ``AffineTransform``."""
-    for name, value in vars(transform).items():
-        if isinstance(value, Tensor):
-            vars(transform)[name] = fn(value)
-        elif name == "_cached_x_y":
-            vars(transform)[name] = (None, None)
-    if not isinstance(transform, nn.Module):
-        for inner in _inner_transforms(transform):
-            _apply_to_plain_tensors(inner, fn)
-
-
-def _inner_transforms(transform: Any) -> Iterator[Transform]:
-    """The transforms that torch's IndependentTransform, StackTransform and the like hold."""
-    for name in ("parts", "transforms", "base_transform"):
-        value = getattr(transform, name, None)
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, Transform):
-                yield inner
+def _over_events(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
+    """log|det dy/dx| of whole events; torch's StackTransform leaves it elementwise."""
+    log_det: Tensor = transform.log_abs_det_jacobian(x, y)
+    excess = log_det.dim() - (y.dim() - transform.codomain.event_dim)
+    return log_det.sum(tuple(range(-excess, 0))) if excess > 0 else log_det
 
 
 def as_bijection(

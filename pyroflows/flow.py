@@ -15,7 +15,8 @@ from pyroflows import store, univariate
 from pyroflows.bases import Base, as_base, temper
 from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
 from pyroflows.divergence import entropy, kl_divergence, register_kl_of
-from pyroflows.transforms.standardization import Standardized, is_real
+from pyroflows.supports import Bounds, is_real, over
+from pyroflows.transforms.standardization import Standardized
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -26,20 +27,32 @@ class FlowDistribution(TransformedDistribution):
     Pyro's ``TransformedDistribution``, whose ``log_prob`` is a single sweep.
     """
 
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:
+        """Where the draws lie: the base's support, seen through the transform."""
+        (transform,) = self.transforms
+        support = transform._image(self.base_dist.support)
+        return over(support, len(self.event_shape))
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density of each value, in nats; shape ``sample_shape + batch_shape``."""
         if self._validate_args:
             self._validate_sample(value)
         (transform,) = self.transforms
         noise, log_det = transform.inverse_and_log_det(value)
-        return self.base_dist.log_prob(noise) + log_det
+        return self.base_dist.log_prob(noise) + self._over_events(log_det)
+
+    def _over_events(self, log_det: Tensor) -> Tensor:
+        """Sum the log-determinants of an elementwise transform of vectors."""
+        narrower = len(self.event_shape) - self.transforms[0]._event_dim(inverse=True)
+        return log_det.sum(tuple(range(-narrower, 0))) if narrower > 0 else log_det
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return draws that carry gradients, and their log-densities, by one pass."""
         (transform,) = self.transforms
         noise = self.base_dist.rsample(torch.Size(sample_shape))
         value, log_det = transform.forward_and_log_det(noise)
-        return value, self.base_dist.log_prob(noise) - log_det
+        return value, self.base_dist.log_prob(noise) - self._over_events(log_det)
 
     def sample(self, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
         """Return draws without gradient, shape ``sample_shape + batch_shape + event_shape``.
@@ -146,6 +159,7 @@ class Flow(PyroModule):
                 f"Flow: the base has context_dim {context_dim}, the transforms "
                 f"{transform.context_dim}"
             )
+        _check_domain(base, transform)
         self.base = base
         self.transform = transform
         self.context_dim = transform.context_dim
@@ -185,15 +199,17 @@ class Flow(PyroModule):
         if not torch.compiler.is_compiling() and store.is_loaded(self._store_name):
             store.claim(self._store_name, self)  # also outside of inference
         base, transform = self._parts()
+        make = base.distribution if isinstance(base, Flow) else base
         if getattr(base, "context_dim", 0):
-            noise = base(transform.context_units.standardize(context))
+            noise = make(transform.context_units.standardize(context))
         else:
-            noise = base()
+            noise = make()
         if context is not None:
             transform = transform.condition(context)
         # NaN must show in its own row, so the check of a support without bounds is left out
-        free = is_real(transform.codomain)
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        free = compiling or is_real(transform.codomain)
+        if not compiling:
             register_kl_of(FlowDistribution)
         return FlowDistribution(noise, transform, validate_args=False if free else None)
 
@@ -384,13 +400,19 @@ class Flow(PyroModule):
     def event_shape(self) -> torch.Size:
         """Shape of one draw."""
         base, transform = self._parts()
-        shape = transform._map_shape(torch.Size(base.event_shape), inverse=False)
-        return shape[len(shape) - transform.codomain.event_dim :]
+        return transform._map_shape(torch.Size(base.event_shape), inverse=False)
 
     @property
     def support(self) -> constraints.Constraint:
         """Where the draws lie."""
-        return self._parts()[1].codomain
+        base, transform = self._parts()
+        if getattr(base, "context_dim", 0):
+            support = transform.codomain
+        else:
+            support = transform._image(
+                base.support if isinstance(base, Flow) else base().support
+            )
+        return over(support, len(self.event_shape))
 
     def _parts(self) -> tuple[nn.Module, Bijection]:
         """Base and transform, past PyroModule's attributes, which tell Pyro of each access."""
@@ -416,12 +438,26 @@ def _parts_of(transforms: Transform | Sequence[Transform]) -> Sequence[Transform
 
 def _is_free(base: nn.Module) -> bool:
     """Whether the noise of a base may be scaled: it is no angle and has no bounds."""
+    if isinstance(base, Flow):
+        return is_real(base.support)
     if not isinstance(base, Base) or base.context_dim:
         return True
     noise = base()
     while isinstance(noise, torch.distributions.Independent):
         noise = noise.base_dist
     return is_real(noise.support) and not isinstance(noise, VonMises)
+
+
+def _check_domain(base: nn.Module, transform: Bijection) -> None:
+    """Refuse noise that the transform does not take."""
+    domain, conditional = Bounds.of(transform.domain), getattr(base, "context_dim", 0)
+    if is_real(transform.domain) or domain is None or conditional:
+        return
+    noise = base.support if isinstance(base, Flow) else base().support
+    if not domain.contain(Bounds.of(noise)):
+        raise ValueError(
+            f"Flow: the base draws from {noise}, but the transforms take {transform.domain}"
+        )
 
 
 def _size(shape: int | Sequence[int]) -> torch.Size:

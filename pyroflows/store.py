@@ -185,8 +185,7 @@ def _own(name: str, module: nn.Module, whole: bool) -> Iterator[tuple[str, str, 
             yield f"{name}.{path}", path, p
     for child_name, child in module.named_children():
         below = _own(f"{name}.{child_name}", child, not isinstance(child, PyroModule))
-        for key, path, p in below:
-            yield key, f"{child_name}.{path}", p
+        yield from ((key, f"{child_name}.{path}", p) for key, path, p in below)
 
 
 def _is_own(p: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.flow import Flow
-from pyroflows.transforms.standardization import is_real
+from pyroflows.supports import is_real
 
 __all__ = ["Rows", "as_rows", "minibatches", "part_rows"]
 

@@ -12,8 +12,9 @@ from torch.distributions import Transform, constraints
 
 from pyroflows.bijection import Bijection, Compose
 from pyroflows.memory import tensors_of, untracked
+from pyroflows.supports import is_real
 
-__all__ = ["Standardized", "Units", "is_real"]
+__all__ = ["Standardized", "Units"]
 
 
 class Units(Bijection):
@@ -182,7 +183,7 @@ class Standardized(Compose):
         lift = len(event_shape) - self.domain.event_dim
         if lift > 0:
             self.domain = constraints.independent(self.domain, lift)
-            self.codomain = constraints.independent(self.codomain, lift)
+            self._last_codomain = constraints.independent(self._last_codomain, lift)
             self._extra_dims = [extra + lift for extra in self._extra_dims]
 
     def _steps(self) -> list[tuple[Bijection, int]]:
@@ -224,13 +225,6 @@ def _seam(parts: Iterable[Bijection], free: bool) -> int | None:
         free = is_real(part.codomain) and (free or not is_real(part.domain))
         seam = k if free else seam
     return seam
-
-
-def is_real(constraint: constraints.Constraint) -> bool:
-    """Whether a constraint allows every real number."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint is constraints.real or type(constraint) is type(constraints.real)
 
 
 def _by_feature(rows: Tensor) -> Tensor:
