@@ -71,16 +71,25 @@ class LabelCells(nn.Module):
         return self.num_bins + int(self.missing_seen)
 
     @classmethod
-    def fit(cls, codes: np.ndarray, count: int, *, max_bins: int = 128) -> LabelCells:
-        """From codes (NaN where missing) of ``count`` levels."""
-        held = codes[~np.isnan(codes)].astype(int)
-        freq = np.bincount(held[held < count], minlength=count).astype(float)[: max(count, 1)]
-        freq = (freq if count else np.ones(1)) + 0.1
+    def fit(
+        cls,
+        codes: np.ndarray,
+        count: int,
+        *,
+        weight: np.ndarray | None = None,
+        max_bins: int = 128,
+    ) -> LabelCells:
+        """From codes (NaN where missing) of ``count`` levels, and weights."""
+        known = ~np.isnan(codes)
+        held = codes[known].astype(int)
+        seen = np.ones(len(held)) if weight is None else weight[known]
+        freq = np.bincount(held[held < count], seen[held < count], minlength=count)
+        freq = (freq[: max(count, 1)] if count else np.ones(1)) + 0.1
         rank = np.empty(len(freq), int)
         rank[np.argsort(-freq, kind="stable")] = np.arange(len(freq))
         group = np.minimum(rank, max_bins - 1)
         mass = np.bincount(group, freq)
-        unseen = 1 / (len(held) + 2)
+        unseen = 1 / (seen.sum() + 2)
         inside = np.log(freq / mass[group]) + math.log1p(-unseen)
         tensor = torch.as_tensor
         return cls(
@@ -178,45 +187,56 @@ class NumberCells(nn.Module):
         return 2 + 2 * len(self.waves) + len(self.atoms) + int(self.missing_seen)
 
     @classmethod
-    def fit(cls, values: np.ndarray, column: Column, *, max_bins: int = 64) -> NumberCells:
-        """From values (NaN where missing), at least one of them present."""
-        held = values[~np.isnan(values)]
+    def fit(
+        cls,
+        values: np.ndarray,
+        column: Column,
+        *,
+        weight: np.ndarray | None = None,
+        max_bins: int = 64,
+    ) -> NumberCells:
+        """From values (NaN where missing), at least one of them present, and weights."""
+        known = ~np.isnan(values)
+        held = values[known]
+        seen = np.ones(len(held)) if weight is None else weight[known]
         atom = np.isin(held, column.atoms)
-        regular = held[~atom] if (~atom).any() else held
-        anchor = column.anchor
-        if column.step:
-            regular = anchor + np.round((regular - anchor) / column.step) * column.step
+        own = ~atom if (~atom).any() else np.ones(len(held), bool)
+        regular = held[own] if weight is None else repeated(held[own], seen[own])
+        anchor, step = column.anchor, column.step or 0.0
+        if step:
+            regular = anchor + np.round((regular - anchor) / step) * step
+        middle, spread = moments(regular)
+        spread = max(spread or 1.0, step)
+        unit = unit_of(spread)
+        half = step / 2
+        low = -np.inf if column.lower is None else column.lower - half
+        high = np.inf if column.upper is None else column.upper + half
         hist = Histogram.fit(
-            regular, step=column.step, lower=column.lower, upper=column.upper, max_bins=max_bins
+            regular / unit,
+            step=step / unit or None,
+            lower=None if column.lower is None else column.lower / unit,
+            upper=None if column.upper is None else column.upper / unit,
+            max_bins=max_bins,
         )
-        count = np.array([(held == a).sum() for a in column.atoms], float) + 0.1
-        share = max(float((~atom).sum()), 0.1)
+        scores = NormalScores.fit(
+            regular / unit,
+            lower=None if column.lower is None else low / unit,
+            upper=None if column.upper is None else high / unit,
+        )
+        count = np.array([seen[held == a].sum() for a in column.atoms], float) + 0.1
+        share = max(float(seen[~atom].sum()), 0.1)
         mass = np.concatenate([hist.bin_mass.numpy() * share, count])
-        spread = float(np.std(regular)) or 1.0
-        if column.step:
-            spread = max(spread, column.step)
-        low, high = (
-            -np.inf if column.lower is None else column.lower,
-            np.inf if column.upper is None else column.upper,
-        )
-        half = (column.step or 0.0) / 2
-        tensor = torch.tensor
+        waves = 0 if seen.sum() < 1000 else 3 if seen.sum() < 5000 else 6
         return cls(
             hist,
-            NormalScores.fit(
-                regular,
-                lower=None if column.lower is None else column.lower - half,
-                upper=None if column.upper is None else column.upper + half,
+            scores,
+            *(
+                torch.as_tensor(x, dtype=torch.float64)
+                for x in (column.atoms, middle, spread, mass / mass.sum(), step, anchor)
             ),
-            tensor(column.atoms, dtype=torch.float64),
-            tensor(float(np.mean(regular))),
-            tensor(spread),
-            torch.as_tensor(mass / mass.sum()),
-            tensor(column.step or 0.0, dtype=torch.float64),
-            tensor(anchor, dtype=torch.float64),
-            tensor([low - half, high + half], dtype=torch.float64),
-            torch.arange(1, 1 + (0 if len(held) < 1000 else 3 if len(held) < 5000 else 6)),
-            tensor(bool(len(held) < len(values))),
+            torch.tensor([low, high], dtype=torch.float64),
+            torch.arange(1, 1 + waves),
+            torch.tensor(bool(len(held) < len(values))),
         )
 
     def _atom(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,8 +323,7 @@ class NumberCells(nn.Module):
     @property
     def unit(self) -> float:
         """Power of two in which the histogram and the scores count: 1 but for absurd spreads."""
-        power = math.frexp(float(self.scale))[1]
-        return 1.0 if abs(power) < 300 else math.ldexp(1.0, power)
+        return unit_of(float(self.scale))
 
     @property
     def log_unit(self) -> float:
@@ -348,12 +367,43 @@ class NumberCells(nn.Module):
         return self.snap(x.clamp(self.bounds[0] + half, self.bounds[1] - half))
 
 
+def unit_of(spread: float) -> float:
+    """A power of two near an absurd spread, else 1."""
+    power = math.frexp(spread)[1]
+    return 1.0 if abs(power) < 300 else math.ldexp(1.0, min(power, 1023))
+
+
+def moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation; a spread that rounding could have made counts as none."""
+    size = float(np.abs(values).max())
+    if size == 0:
+        return 0.0, 0.0
+    power = math.ldexp(1.0, math.frexp(size)[1] - 1)
+    part = values / power
+    middle, spread = float(np.mean(part)), float(np.std(part))
+    real = spread > 4 * np.finfo(float).eps and len(np.unique(values)) > 1
+    return middle * power, spread * power if real else 0.0
+
+
+def repeated(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Values in order, each as often as its weight says, to one in each stretch."""
+    order = np.argsort(values, kind="stable")
+    below = weight[order].cumsum()
+    n = max(round(float(below[-1])), 1)
+    place = np.searchsorted(below, (np.arange(n) + 0.5) / n * below[-1])
+    return values[order][place.clip(0, len(values) - 1)]
+
+
 def cells_for(
-    values: np.ndarray, column: Column, *, max_bins: int = 64
+    values: np.ndarray,
+    column: Column,
+    *,
+    weight: np.ndarray | None = None,
+    max_bins: int = 64,
 ) -> LabelCells | NumberCells:
-    """The cells of a column whose encoded values are given, shape (N,)."""
+    """The cells of a column whose encoded values are given, shape (N,), and weights."""
     if column.is_label:
-        return LabelCells.fit(values, len(column.levels))
+        return LabelCells.fit(values, len(column.levels), weight=weight)
     if np.isnan(values).all():
         raise ValueError(f"column {column.name!r} has no values")
-    return NumberCells.fit(values, column, max_bins=max_bins)
+    return NumberCells.fit(values, column, weight=weight, max_bins=max_bins)

@@ -210,7 +210,8 @@ class DensityEstimator(Conventions):
         Args:
             X: DataFrame, mapping of columns, or array of shape (rows, columns).
             y: Ignored.
-            sample_weight: Nonnegative weight of each row.
+            sample_weight: Nonnegative weight of each row: how often it counts as repeated, where
+                all weights are whole numbers; else relative to their mean.
 
         Returns:
             The estimator.
@@ -348,7 +349,7 @@ class DensityEstimator(Conventions):
         generator = torch.Generator().manual_seed(seed)
         columns = self.schema_.columns
         targets = [j for j in range(len(columns)) if j not in given]
-        size = total or n
+        size = total or max(n, round(float(weight.sum())))
         settings = default_settings(size, len(targets))
         settings |= {
             k: v
@@ -358,17 +359,15 @@ class DensityEstimator(Conventions):
         device = self._device(size)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            resampled = values
-            if weight.unique().numel() > 1:  # histograms, quantiles and mixtures know no weights
-                resampled = values[torch.multinomial(weight, n, True, generator=generator)]
-            table = resampled.numpy()
+            table = values.numpy()
             order = [*given, *sorted(targets, key=lambda j: columns[j].missing)]
-            cells = [cells_for(table[:, j], columns[j]) for j in order]
+            counts = weight.numpy() if weight.unique().numel() > 1 else None
+            cells = [cells_for(table[:, j], columns[j], weight=counts) for j in order]
             model = TableModel(self.schema_, cells, order, len(given), **settings)
             fold = _folds(n, size, model.members, generator)
             held = (fold >= 0).nonzero()[:, 0]
             valid = model.encode(values[held])
-            parts = self._mixtures(model, resampled, fold, generator) if size <= 20000 else []
+            parts = self._mixtures(model, values, weight, fold, generator) if size <= 20000 else []
             self.model_ = model = model.to(device)
             budget = plan(
                 model,
@@ -379,19 +378,22 @@ class DensityEstimator(Conventions):
             )
             rank, world = _rank()
             bar = _bar(self.progress and rank == 0, budget["steps"])
-            start = column_scores(model, valid).sum(1).mean().item() if len(held) else math.nan
+            first = column_scores(model, valid).sum(1).mean(0)
+            start = float(_mean(first, weight[held])) if len(held) else math.nan
+            relative = weight / weight.mean()
             mine = torch.arange(n)[rank : world * (n // world) if n >= world else None : world]
 
             def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
                 order = torch.randperm(len(mine), generator=generator)
                 for i in order.split(131072) if len(mine) > 200_000 else [slice(None)]:
-                    yield values[mine[i]], weight[mine[i]], fold[mine[i]]
+                    yield values[mine[i]], relative[mine[i]], fold[mine[i]]
 
             history = train(
                 model,
                 shards or chunks,
                 valid,
                 fold[held],
+                weight[held],
                 rows=size,
                 lr=self.learning_rate,
                 max_time=self.max_time,
@@ -403,14 +405,20 @@ class DensityEstimator(Conventions):
             bar(None)
             model.eval()
             if parts:
-                alpha = stack(model, valid, fold[held], parts)
+                alpha = stack(model, valid, fold[held], weight[held], parts)
                 model.set_mixture(MixedMixture.union(parts), alpha)
         self.history_ = _history([dict(step=0, epoch=0.0, valid=start), *history])
-        self._calibrate(values[held] if len(held) else values)
+        few = held if len(held) else torch.arange(n)
+        self._calibrate(values[few], weight[few])
         return self
 
     def _mixtures(
-        self, model: TableModel, values: Tensor, fold: Tensor, generator: torch.Generator
+        self,
+        model: TableModel,
+        values: Tensor,
+        weight: Tensor,
+        fold: Tensor,
+        generator: torch.Generator,
     ) -> list[MixedMixture]:
         """One simple model per fold, of at most 6,000 rows."""
         out = []
@@ -419,21 +427,23 @@ class DensityEstimator(Conventions):
             if len(rows) > 6000:
                 rows = rows[torch.randperm(len(rows), generator=generator)[:6000]]
             if len(rows):
-                out.append(fit_mixture(model, model.encode(values[rows]), generator))
+                out.append(fit_mixture(model, model.encode(values[rows]), weight[rows], generator))
         return out if len(out) == model.members else []
 
-    def _calibrate(self, values: Tensor) -> None:
+    def _calibrate(self, values: Tensor, weight: Tensor) -> None:
         """Keep what thresholds and summaries need of the held-out rows."""
-        few = values[:2000]
-        score = self.model_.log_prob(few, draws=16)[0].numpy()
-        self._score_quantiles = (
-            np.quantile(score, np.linspace(0, 1, 201)) if len(score) else np.zeros(201)
-        )
+        few, weight = values[:2000], weight[:2000]
+        score = self.model_.log_prob(few, draws=16)[0]
+        score, order = score.sort()
+        below = weight[order].cumsum(0)
+        place = torch.linspace(0, 1, 201, dtype=below.dtype) * (below[-1] - weight[order[-1]])
+        at = np.interp(place, below - weight[order], score)
+        self._score_quantiles = at
         rows = self.model_.encode(few)
         with torch.no_grad():
             nats = self.model_.column_log_prob(rows)[0]
-        known = (~rows.missing).sum(1).clamp_min(1)
-        self._column_nats = (nats.sum(1) / known).tolist()
+        known = ((~rows.missing) * weight).sum(1).clamp_min(1e-9)
+        self._column_nats = ((nats * weight).sum(1) / known).tolist()
 
     def _device(self, n: int) -> torch.device:
         if self.device == "auto":
@@ -449,6 +459,7 @@ class DensityEstimator(Conventions):
             return self.fit(X, y, sample_weight)
         values = self._encode(X)
         weight = torch.from_numpy(_weights(sample_weight, len(values)))
+        weight = weight / weight.mean()
         generator, model, n = self._generator(), self.model_, len(values)
         fold = _folds(n, n, model.members, generator)
         held = (fold >= 0).nonzero()[:, 0]
@@ -463,6 +474,7 @@ class DensityEstimator(Conventions):
                 lambda: iter([(values, weight, fold)]),
                 model.encode(values[held]),
                 fold[held],
+                weight[held],
                 rows=n,
                 lr=self.learning_rate / 3,
                 max_time=self.max_time,
@@ -474,7 +486,8 @@ class DensityEstimator(Conventions):
         import pandas as pd
 
         self.history_ = pd.concat([self.history_, _history(history)], ignore_index=True)
-        self._calibrate(values[held] if len(held) else values)
+        few = held if len(held) else torch.arange(n)
+        self._calibrate(values[few], weight[few])
         return self
 
     # ------------------------------------------------------------------ densities
@@ -840,6 +853,11 @@ def _spread(x: np.ndarray, good: Tensor) -> np.ndarray:
     return out
 
 
+def _mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over the last axis."""
+    return (x * weight).sum(-1) / weight.sum().clamp_min(1e-300)
+
+
 def _uniforms(generator: torch.Generator) -> Uniforms:
     """Random numbers by row and draw, seeded by a generator."""
     return Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
@@ -853,10 +871,11 @@ def _count(name: str, value: Any) -> int:
 
 
 def _weights(weight: Any, n: int) -> np.ndarray:
+    """Whole weights count repetitions of a row; others are relative, and have mean one."""
     if weight is None:
         return np.ones(n)
     if isinstance(weight, numbers.Real):
-        return np.full(n, float(weight))
+        weight = np.full(n, float(weight > 0) if weight == weight else weight)
     out = np.array(weight, dtype=float)
     if out.ndim != 1 or len(out) != n:
         raise ValueError(
@@ -864,7 +883,8 @@ def _weights(weight: Any, n: int) -> np.ndarray:
         )
     if not np.isfinite(out).all() or (out < 0).any() or out.sum() == 0:
         raise ValueError("sample_weight must be finite, nonnegative and not all zero")
-    return out / out[out > 0].mean()
+    whole = bool((out == np.round(out)).all()) and out.sum() <= 64 * n
+    return out if whole else out / out[out > 0].mean()
 
 
 def _folds(n: int, size: int, members: int, generator: torch.Generator) -> Tensor:

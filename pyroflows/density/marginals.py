@@ -447,7 +447,7 @@ class NormalScores(nn.Module):
         """
         n = len(values)
         spread = float(np.std(values))
-        if not spread > 1e-9 * max(abs(float(np.mean(values))), 1e-300):
+        if not spread > 4 * np.finfo(float).eps * float(np.abs(values).max()):
             spread = max(abs(float(values[0])), 1.0) * 1e-3
         edge = float(torch.special.ndtri(torch.tensor(1 - min(0.25, 8 / n), dtype=torch.float64)))
         count = int(np.clip(round(n ** (1 / 3)), 3, max_knots))

@@ -136,6 +136,7 @@ class MixedMixture(nn.Module):
         is_label: list[bool],
         *,
         generator: torch.Generator,
+        weight: Tensor | None = None,
         max_components: int = 24,
         iterations: int = 60,
     ) -> MixedMixture:
@@ -147,36 +148,40 @@ class MixedMixture(nn.Module):
             sizes: Number of codes of each label column.
             is_label: Column kinds in model order.
             generator: Source of randomness.
+            weight: Weights of the rows, shape (N,).
             max_components: Largest number of classes tried.
             iterations: EM steps per try.
         """
         n, d = numbers.shape
+        w = (torch.ones(n) if weight is None else weight).double()[:, None]
+        size = float(w.sum())
         hot = [
             torch.nn.functional.one_hot(labels[:, i] + 1, c + 1)[:, 1:].double()
             for i, c in enumerate(sizes)
         ]
-        freq = [(h.sum(0) + 0.5) / (h.sum() + 0.5 * h.shape[1]) for h in hot]
-        spread = (numbers - numbers.mean(0)).square().mean(0).clamp_min(1e-4)
+        freq = [((w * h).sum(0) + 0.5) / ((w * h).sum() + 0.5 * h.shape[1]) for h in hot]
+        middle = (w * numbers).sum(0) / size
+        spread = ((w * (numbers - middle).square()).sum(0) / size).clamp_min(1e-4)
         flat = torch.cat([numbers / spread.sqrt(), *hot], 1)
         best, best_bic, worse = None, math.inf, 0
         for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
             params = k * (1 + d + d * (d + 1) / 2 + sum(c - 1 for c in sizes)) - 1
             if k > 1 and (
-                k > max_components or n < 2 * params / max(d + len(sizes), 1) or worse > 1
+                k > max_components or size < 2 * params / max(d + len(sizes), 1) or worse > 1
             ):
                 break
-            for _ in range(2 if n < 5000 and k > 1 else 1):
-                resp, last = _seeded(flat, k, generator), -math.inf
+            for _ in range(2 if size < 5000 and k > 1 else 1):
+                resp, last = _seeded(flat, w, k, generator), -math.inf
                 for step in range(iterations if k > 1 else 1):
-                    model = cls._maximize(resp, numbers, hot, freq, spread, is_label)
+                    model = cls._maximize(w * resp, numbers, hot, freq, spread, is_label)
                     joint = model._joint(numbers, hot)
                     total = joint.logsumexp(1)
                     resp = (joint - total[:, None]).exp()
-                    now = float(total.mean())
+                    now = float((w[:, 0] * total).sum()) / size
                     if step > 5 and now - last < 1e-4:
                         break
                     last = now
-                bic = params * math.log(n) - 2 * float(total.sum())
+                bic = params * math.log(size) - 2 * float((w[:, 0] * total).sum())
                 if bic < best_bic:
                     best, best_bic, worse = model, bic, -1
             worse += 1
@@ -193,8 +198,7 @@ class MixedMixture(nn.Module):
         spread: Tensor,
         is_label: list[bool],
     ) -> MixedMixture:
-        """Parameters from responsibilities (N, K)."""
-        n, k = resp.shape
+        """Parameters from weighted responsibilities (N, K)."""
         count = resp.sum(0)
         mean = (resp.T @ numbers) / count.clamp_min(1e-9)[:, None]
         centred = numbers[None] - mean[:, None]
@@ -209,7 +213,7 @@ class MixedMixture(nn.Module):
             for h, f in zip(hot, freq, strict=True)
         ]
         return cls(
-            ((count + 1) / (n + k)).log(), mean, torch.linalg.cholesky(cov), tables, is_label
+            ((count + 1) / (count + 1).sum()).log(), mean, torch.linalg.cholesky(cov), tables, is_label
         )
 
     def _joint(self, numbers: Tensor, hot: list[Tensor]) -> Tensor:
@@ -222,16 +226,16 @@ class MixedMixture(nn.Module):
         return out + sum(h @ t.T for h, t in zip(hot, self.tables, strict=True))
 
 
-def _seeded(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def _seeded(x: Tensor, w: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Responsibilities from k-means++ seeds and a few Lloyd steps."""
     n = len(x)
     center = x[torch.randint(n, (1,), generator=generator)]
     while len(center) < k:
-        far = torch.cdist(x, center).amin(1) ** 2 + 1e-12
+        far = w[:, 0] * torch.cdist(x, center).amin(1) ** 2 + 1e-12
         center = torch.cat([center, x[torch.multinomial(far, 1, generator=generator)]])
     for _ in range(10 if k > 1 else 1):
         near = torch.cdist(x, center).argmin(1)
         hot = torch.nn.functional.one_hot(near, k).double()
-        size = hot.sum(0)[:, None]
-        center = torch.where(size > 0, hot.T @ x / size.clamp_min(1), center)
+        size = (w * hot).sum(0)[:, None]
+        center = torch.where(size > 0, hot.T @ (w * x) / size.clamp_min(1e-9), center)
     return 0.9 * hot + 0.1 / k

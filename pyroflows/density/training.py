@@ -98,8 +98,10 @@ def column_scores(model: TableModel, rows: Rows) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def fit_mixture(model: TableModel, rows: Rows, generator: torch.Generator) -> MixedMixture:
-    """The simple model on encoded rows."""
+def fit_mixture(
+    model: TableModel, rows: Rows, weight: Tensor, generator: torch.Generator
+) -> MixedMixture:
+    """The simple model on encoded rows of weights (N,)."""
     numbers, labels, sizes = [], [], []
     for i, c in enumerate(model.cells):
         x = rows.raw[:, i]
@@ -118,6 +120,7 @@ def fit_mixture(model: TableModel, rows: Rows, generator: torch.Generator) -> Mi
         sizes,
         [c.is_label for c in model.cells],
         generator=generator,
+        weight=weight,
     )
 
 
@@ -126,6 +129,7 @@ def train(
     shards: Shards,
     valid: Rows,
     fold: Tensor,
+    weight: Tensor,
     *,
     rows: int,
     steps: int,
@@ -147,6 +151,7 @@ def train(
             -1 from none.
         valid: Held-out rows of all folds.
         fold: Their folds.
+        weight: Their weights.
         rows: Training rows in one pass, for the history.
         steps: Optimizer steps of the schedule.
         batch_size: Rows per step.
@@ -178,7 +183,7 @@ def train(
     average = copy.deepcopy(nets).requires_grad_(False)
     live: list[Tensor] = list(nets.parameters())
     mean: list[Tensor] = list(average.parameters())
-    keeper = _Keeper(model, valid, fold)
+    keeper = _Keeper(model, valid, fold, weight)
     keeper.check(average)
     history: list[dict[str, float]] = []
     clock = _Clock()
@@ -186,7 +191,7 @@ def train(
     limit = math.inf
     norms: list[float] = []
     while not done:
-        for values, weight, part in shards():
+        for values, share_of, part in shards():
             encoded = model.encode(values)
             for i in torch.randperm(len(values), generator=generator).split(batch_size):
                 if len(i) < min(batch_size, len(values)):
@@ -202,7 +207,7 @@ def train(
                     )
                 batch = encoded[i].to(device)
                 own = part[i][None] != torch.arange(model.members)[:, None]
-                loss = loss_of(batch, (own * weight[i]).float().to(device))
+                loss = loss_of(batch, (own * share_of[i]).float().to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(live, limit)
@@ -261,11 +266,10 @@ def _agreed(share: float, device: torch.device) -> float:
 class _Keeper:
     """The best averaged weights so far of every network, by rows it did not train on."""
 
-    def __init__(self, model: TableModel, valid: Rows, fold: Tensor) -> None:
+    def __init__(self, model: TableModel, valid: Rows, fold: Tensor, weight: Tensor) -> None:
         self.model, self.valid = model, valid
-        self.own = (fold[None] == torch.arange(model.members)[:, None]).float()[
-            :, None
-        ]  # (M, 1, N)
+        mine = fold[None] == torch.arange(model.members)[:, None]
+        self.own = (mine * weight).float()[:, None]  # (M, 1, N)
         t = len(model.targets)
         self.best = torch.full((model.members, t), -math.inf)
         self.kept = [p.detach().clone() for p in model.nets.parameters()]
@@ -282,7 +286,7 @@ class _Keeper:
         self.model.nets = average
         terms = column_scores(self.model, self.valid)
         self.model.nets = nets
-        now = (terms * self.own).sum(-1) / self.own.sum(-1).clamp_min(1)
+        now = (terms * self.own).sum(-1) / self.own.sum(-1).clamp_min(1e-9)
         now = now.nan_to_num(-math.inf)
         better = now > self.best
         gain = torch.where(better, now - self.best, 0.0).sum(1).nan_to_num(posinf=1.0)
@@ -319,6 +323,7 @@ def stack(
     model: TableModel,
     valid: Rows,
     fold: Tensor,
+    weight: Tensor,
     parts: list[MixedMixture],
     *,
     prior: tuple[float, float] = (20.0, 1.0),
@@ -329,6 +334,7 @@ def stack(
         model: Trained.
         valid: Held-out rows of all folds.
         fold: Their folds.
+        weight: Their weights.
         parts: The simple models, one per fold.
         prior: Pseudo-rows for the simple model and for the networks, whose held-out rows flatter
             them: they also chose when to stop.
@@ -343,7 +349,7 @@ def stack(
             odds = _pattern(model, valid[at])
             net[:, at] = terms[m][:, at] - odds[m]
             simple[:, at] = model.mixture_log_prob(valid[at], parts[m])
-    known = (~valid.missing & (valid.cell >= 0)).double()
+    known = (~valid.missing & (valid.cell >= 0)) * weight.double()
     alpha = torch.full((t, 1), 0.5, dtype=torch.float64)
     for _ in range(200):
         share = torch.sigmoid(alpha.log() - torch.log1p(-alpha) + simple - net) * known
