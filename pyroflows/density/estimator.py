@@ -220,6 +220,7 @@ class DensityEstimator(Conventions):
             ValueError: For an empty table, infinite cells, or names that are not columns, naming
                 them.
         """
+        self._check_params()
         frame = as_frame(X)
         if frame.shape[1] == 0:
             raise ValueError(
@@ -301,6 +302,19 @@ class DensityEstimator(Conventions):
             )
         return used, given
 
+    def _check_params(self) -> None:
+        """Constructor arguments that have a range."""
+        _count("draws", self.draws)
+        for name in ("max_steps", "members", "hidden_dim", "batch_size"):
+            if getattr(self, name) is not None:
+                _count(name, getattr(self, name))
+        for name in ("max_time", "learning_rate"):
+            value = getattr(self, name)
+            if name == "max_time" and value is None:
+                continue
+            if not isinstance(value, numbers.Real) or not value > 0:
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
+
     def _forget(self) -> None:
         for name in ("feature_names_in_", "model_", "schema_", "history_"):
             if hasattr(self, name):
@@ -344,6 +358,19 @@ class DensityEstimator(Conventions):
 
         ``shards`` replaces them as training rows where the table is larger than memory.
         """
+        with torch.inference_mode(False), torch.enable_grad():
+            self._train(values.clone(), weight.clone(), given, shards, total)
+        return self
+
+    def _train(
+        self,
+        values: Tensor,
+        weight: Tensor,
+        given: list[int],
+        shards: Callable[[], Iterator[Any]] | None,
+        total: int | None,
+    ) -> None:
+        """Cells, simple models, networks, and what held-out rows say of them."""
         n = len(values)
         seed = self._seed()
         generator = torch.Generator().manual_seed(seed)
@@ -410,7 +437,6 @@ class DensityEstimator(Conventions):
         self.history_ = _history([dict(step=0, epoch=0.0, valid=start), *history])
         few = held if len(held) else torch.arange(n)
         self._calibrate(values[few], weight[few])
-        return self
 
     def _mixtures(
         self,
@@ -450,6 +476,8 @@ class DensityEstimator(Conventions):
             return torch.device("cuda" if n >= 5000 and torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DensityEstimator:
         """Go on training on more rows of the same columns.
 
@@ -704,6 +732,7 @@ class DensityEstimator(Conventions):
         """
         import pandas as pd
 
+        draws = _count("draws", draws)
         levels = np.atleast_1d(np.asarray(q, float))
         if ((levels < 0) | (levels > 1)).any():
             raise ValueError(f"q must lie in [0, 1]; got {q}")
@@ -761,6 +790,7 @@ class DensityEstimator(Conventions):
         """
         import pandas as pd
 
+        draws = _count("draws", draws)
         model, (values, good, _) = self._ready(), self._given(given)
         values = values[good]
         places = self._open(values)

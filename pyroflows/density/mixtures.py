@@ -213,7 +213,11 @@ class MixedMixture(nn.Module):
             for h, f in zip(hot, freq, strict=True)
         ]
         return cls(
-            ((count + 1) / (count + 1).sum()).log(), mean, torch.linalg.cholesky(cov), tables, is_label
+            ((count + 1) / (count + 1).sum()).log(),
+            mean,
+            torch.linalg.cholesky(cov),
+            tables,
+            is_label,
         )
 
     def _joint(self, numbers: Tensor, hot: list[Tensor]) -> Tensor:

@@ -151,7 +151,7 @@ class TableModel(nn.Module):
             depth=depth,
             dropout=dropout,
         )
-        self.register_buffer("alpha", torch.zeros(t_count))
+        self.register_buffer("alpha", torch.zeros(t_count, dtype=torch.float32))
         self.register_buffer(
             "has_missing", torch.tensor([bool(c.missing_seen) for c in targets], dtype=torch.bool)
         )
@@ -175,7 +175,10 @@ class TableModel(nn.Module):
             bias[:, 0] = math.log(max(share, 1e-6) / max(1 - share, 1e-6))
             if not kind:
                 k, b = components, 1 + self.bins[0]
-                bias[:, b : b + k] = -math.log(k)
+                # halves for bins and logistics; the atoms' own probability is whole from the start
+                atoms = float(c.bin_mass[c.hist.num_bins :].sum())
+                bias[:, 1 + c.hist.num_bins : 1 + c.num_bins] += math.log(2)
+                bias[:, b : b + k] = math.log(max(1 - atoms, 1e-6) / k)
                 spread = torch.linspace(-1.5, 1.5, k) if k > 1 else torch.zeros(1)
                 bias[:, b + k : b + 2 * k] = spread + 0.1 * torch.randn(self.members, k)
                 bias[:, b + 2 * k :] = -0.5

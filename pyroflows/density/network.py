@@ -152,7 +152,7 @@ class ColumnNets(nn.Module):
         if not self.training or self.dropout == 0:
             return hidden
         keep = torch.rand_like(hidden[:1]) >= self.dropout
-        return hidden * (keep / (1 - self.dropout))
+        return hidden * (keep.to(hidden.dtype) / (1 - self.dropout))
 
     def some(self, x: Tensor, group: int, rows: list[int]) -> Tensor:
         """Outputs of a few networks of one group only, shape (len(rows), N, num_outputs)."""

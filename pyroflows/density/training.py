@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -187,67 +188,72 @@ def train(
     keeper.check(average)
     history: list[dict[str, float]] = []
     clock = _Clock()
-    step, skipped, recent, next_check, done = 0, 0, [], 1.0 / checks, False
+    step, skipped, next_check = 0, 0, 1.0 / checks
+    recent: list[float] = []
     limit = math.inf
     norms: list[float] = []
-    while not done:
-        for values, share_of, part in shards():
-            encoded = model.encode(values)
-            for i in torch.randperm(len(values), generator=generator).split(batch_size):
-                if len(i) < min(batch_size, len(values)):
-                    continue
-                spent = _agreed(clock.seconds() / max_time if max_time else 0.0, device)
-                share = max(step / steps, spent)
-                if share >= 1:
-                    done = True
-                    break
-                for g in optimizer.param_groups:
-                    g["lr"] = (
-                        lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
+
+    def batches() -> Iterator[tuple[Rows, Tensor, float]]:
+        """Batches, their weights for each member, and the share of the schedule that is over."""
+        while True:
+            for values, share_of, part in shards():
+                encoded = model.encode(values)
+                for i in torch.randperm(len(values), generator=generator).split(batch_size):
+                    if len(i) < min(batch_size, len(values)):
+                        continue
+                    spent = _agreed(clock.seconds() / max_time if max_time else 0.0, device)
+                    own = part[i][None] != torch.arange(model.members)[:, None]
+                    share = max(step / steps, spent)
+                    if share >= 1:
+                        return
+                    yield encoded[i].to(device), (own * share_of[i]).float().to(device), share
+
+    try:
+        for batch, weights, share in batches():
+            for g in optimizer.param_groups:
+                g["lr"] = lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * share))
+            loss = loss_of(batch, weights)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(live, limit)
+            step += 1
+            if not bool(norm.isfinite()):
+                skipped += 1
+                if skipped > 100:
+                    raise RuntimeError(
+                        "100 steps had non-finite gradients: look for cells of absurd size"
                     )
-                batch = encoded[i].to(device)
-                own = part[i][None] != torch.arange(model.members)[:, None]
-                loss = loss_of(batch, (own * share_of[i]).float().to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(live, limit)
-                if not bool(norm.isfinite()):
-                    skipped += 1
-                    if skipped > 100:
-                        raise RuntimeError(
-                            "100 steps had non-finite gradients: look for cells of absurd size"
-                        )
-                    step += 1
-                    continue
-                norms = [*norms[-49:], float(norm)]
-                limit = 3 * sorted(norms)[len(norms) // 2]
-                optimizer.step()
-                step += 1
-                recent.append(-float(loss.detach()) / model.members)
-                torch._foreach_lerp_(
-                    mean, [p.detach() for p in live], 1 - min(0.995, step / (step + 10))
-                )
-                if share >= next_check:
-                    while share >= next_check:
-                        next_check += 1.0 / checks
-                    improved, nats = keeper.check(average)
-                    entry = dict(
-                        step=step,
-                        epoch=step * batch_size / max(rows, 1),
-                        train=sum(recent) / len(recent),
-                        valid=nats,
-                        lr=optimizer.param_groups[0]["lr"],
-                        seconds=clock.seconds(),
-                        skipped=skipped,
-                    )
-                    recent = []
-                    history.append(entry)
-                    report(entry)
-                    if keeper.stale >= patience:
-                        done = True
-                        break
-            if done:
+                continue
+            norms = [*norms[-49:], float(norm)]
+            limit = 3 * sorted(norms)[len(norms) // 2]
+            optimizer.step()
+            recent.append(-float(loss.detach()) / model.members)
+            torch._foreach_lerp_(
+                mean, [p.detach() for p in live], 1 - min(0.995, step / (step + 10))
+            )
+            if share < next_check:
+                continue
+            next_check += math.floor((share - next_check) * checks + 1) / checks
+            nats = keeper.check(average)
+            entry = dict(
+                step=step,
+                epoch=step * batch_size / max(rows, 1),
+                train=sum(recent) / len(recent),
+                valid=nats,
+                lr=optimizer.param_groups[0]["lr"],
+                seconds=clock.seconds(),
+                skipped=skipped,
+            )
+            recent = []
+            history.append(entry)
+            report(entry)
+            if keeper.stale >= patience:
                 break
+    except KeyboardInterrupt:
+        warnings.warn(
+            f"fit was interrupted after {step} of {steps} steps and keeps its best state",
+            stacklevel=4,
+        )
     keeper.check(average)
     keeper.restore()
     nets.requires_grad_(False)
@@ -276,16 +282,18 @@ class _Keeper:
         self.stale = 0
 
     @torch.no_grad()
-    def check(self, average: ColumnNets) -> tuple[bool, float]:
-        """Compare; returns whether anything improved, and the held-out nats of the best."""
+    def check(self, average: ColumnNets) -> float:
+        """Compare; returns the held-out nats of the best."""
         if not len(self.valid):
             for k, p in zip(self.kept, average.parameters(), strict=True):
                 k.copy_(p)
-            return True, math.nan
+            return math.nan
         nets = self.model.nets
         self.model.nets = average
-        terms = column_scores(self.model, self.valid)
-        self.model.nets = nets
+        try:
+            terms = column_scores(self.model, self.valid)
+        finally:
+            self.model.nets = nets
         now = (terms * self.own).sum(-1) / self.own.sum(-1).clamp_min(1e-9)
         now = now.nan_to_num(-math.inf)
         better = now > self.best
@@ -299,7 +307,7 @@ class _Keeper:
                 rows = flat[self.model.nets.groups[int(name.split(".")[1])]]
             rows = rows.to(p.device)
             kept.copy_(torch.where(rows.view(-1, *[1] * (p.dim() - 1)), p, kept))
-        return bool(better.any()), float(self.best.mean(0).sum())
+        return float(self.best.mean(0).sum())
 
     @torch.no_grad()
     def restore(self) -> None:
