@@ -98,7 +98,7 @@ class DiagonalNormal(Base):
             torch.as_tensor(v, dtype=torch.get_default_dtype()).expand(self.event_shape).clone()
             for v in (loc, scale)
         )
-        if not (scale > 0).all():
+        if not scale.is_meta and not (scale > 0).all():
             raise ValueError(
                 f"{type(self).__name__} expects positive scales; got {scale.tolist()}"
             )

@@ -164,7 +164,8 @@ class Bijection(TransformModule):
         for what, given in (("values", value), ("context", self._context)):
             if given is None or (own.dtype == given.dtype and own.device == given.device):
                 continue
-            if own.device == given.device and torch.is_autocast_enabled(given.device.type):
+            same = own.device == given.device and torch.float64 not in (own.dtype, given.dtype)
+            if same and torch.is_autocast_enabled(given.device.type):  # it leaves float64 alone
                 continue
             raise ValueError(
                 f"{type(self).__name__} has parameters of {own.dtype} on {own.device}; got "

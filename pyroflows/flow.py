@@ -206,6 +206,9 @@ class Flow(PyroModule):
             noise = make()
         if context is not None:
             transform = transform.condition(context)
+            # here, since torch compares shapes of unequal length, which ties a graph to a batch
+            batch = torch.broadcast_shapes(noise.batch_shape, context.shape[:-1])
+            noise = noise.expand(batch)
         # NaN must show in its own row, so the check of a support without bounds is left out
         compiling = torch.compiler.is_compiling()
         free = compiling or is_real(transform.codomain)

@@ -1,4 +1,6 @@
-"""The memory of one call: value and log-determinant, handed out only while both are right.
+"""What is remembered, and handed out only while it is right.
+
+The memory of one call is its value and log-determinant.
 
 Pyro asks for a value and for its log-determinant in two calls.
 :class:`pyroflows.bijection.Bijection` keeps the last evaluation as an :class:`Entry`, written and
@@ -6,18 +8,53 @@ read in one assignment, so that threads see the old one or the new one.
 """
 
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Entry", "show_nan", "tensors_of", "untracked"]
+from pyroflows.numerics import plain
+
+__all__ = ["Entry", "Twin", "show_nan", "tensors_of", "untracked"]
+
+T = TypeVar("T")
 
 
 def untracked() -> bool:
-    """Whether Python objects are no guide to values here: under torch.compile and torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether Python objects are no guide to values here, as when a graph is being recorded."""
+    return not plain()
+
+
+class Twin(Generic[T]):
+    """What Python must know of a module's buffers, read once and again when they have changed.
+
+    Reading a buffer stalls a GPU, and a recorded graph or a batch of modules has no values to
+    read. A module therefore asks in its constructor and after loading too.
+    """
+
+    def __init__(self) -> None:
+        self.stamp: list[tuple[weakref.ref[Tensor], int]] = []
+        self.known: T | None = None
+
+    def of(self, read: Callable[..., T], *buffers: Tensor) -> T | None:
+        """Return ``read(*buffers)``, or None while they are on the meta device, empty."""
+        if self.known is None or (plain(*buffers) and self._is_stale(buffers)):
+            if any(b.is_meta for b in buffers):
+                return None
+            self.known = read(*buffers)
+            self.stamp = [(weakref.ref(b), _version(b)) for b in buffers]
+        return self.known
+
+    def _is_stale(self, buffers: tuple[Tensor, ...]) -> bool:
+        seen = [(reference(), version) for reference, version in self.stamp]
+        return len(seen) != len(buffers) or any(
+            s is not b or version != _version(b)
+            for (s, version), b in zip(seen, buffers, strict=True)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"stamp": [], "known": self.known}  # a copy has buffers of its own
 
 
 def show_nan(out: Tensor, log_det: Tensor) -> Tensor:
@@ -114,7 +151,11 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _stamp(tensors: Any) -> list[tuple[int, int, bool]]:
-    return [(id(t), 0 if t.is_inference() else t._version, t.requires_grad) for t in tensors]
+    return [(id(t), _version(t), t.requires_grad) for t in tensors]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _state(*tensors: Tensor | None) -> list[tuple[int, bool]]:

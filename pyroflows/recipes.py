@@ -15,7 +15,6 @@ volume preservation up to a scaling.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -87,12 +86,12 @@ def _autoregressives(
 ) -> list[Bijection]:
     """``count`` autoregressive layers, in the natural order of the features and its reverse."""
     hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
-    natural = torch.arange(input_dim)
+    natural = list(range(input_dim))
     return [
         factory(
             input_dim,
             hidden_dims=hidden_dims,
-            permutation=natural.flip(0) if i % 2 else natural,  # what came last now comes first
+            permutation=natural[::-1] if i % 2 else natural,  # what came last now comes first
             context_dim=context_dim,
             **kwargs,
         )
@@ -189,7 +188,7 @@ def glow_step(
     hidden_dims = _hidden(hidden_dims, input_dim, context_dim)
     move = affine_coupling(input_dim, hidden_dims, context_dim=context_dim, **network)
     # what one step keeps the next one moves, before the linear map has learned anything
-    mix = linear(input_dim, permutation=torch.arange(input_dim).flip(0))
+    mix = linear(input_dim, permutation=range(input_dim - 1, -1, -1))
     return Compose([move, mix, actnorm(input_dim)])
 
 

@@ -25,6 +25,14 @@ class Case:
 
 
 PERMUTATION = [3, 1, 4, 0, 2]
+# 3 stands alone; 1 depends on it, 0 and 4 on 1, 2 on 0 and 3; neither a chain nor in order
+ADJACENCY = [
+    [1, 1, 0, 0, 0],
+    [0, 1, 0, 1, 0],
+    [1, 0, 1, 1, 0],
+    [0, 0, 0, 1, 0],
+    [0, 1, 0, 0, 1],
+]
 
 CASES: dict[str, Case] = {
     "additive_coupling": Case(lambda c: T.additive_coupling(5, [8], context_dim=c), (5,)),
@@ -58,6 +66,15 @@ CASES: dict[str, Case] = {
     ),
     "affine_autoregressive_residual": Case(
         lambda c: T.affine_autoregressive(4, [9, 9, 9], residual=True, context_dim=c), (4,)
+    ),
+    "affine_autoregressive_adjacency": Case(
+        lambda c: T.affine_autoregressive(5, [16, 8], adjacency=ADJACENCY, context_dim=c), (5,)
+    ),
+    "affine_autoregressive_adjacency_residual": Case(
+        lambda c: T.affine_autoregressive(
+            5, [9, 9], adjacency=ADJACENCY, residual=True, context_dim=c
+        ),
+        (5,),
     ),
     "affine_autoregressive_narrow": Case(
         lambda c: T.affine_autoregressive(6, [4, 3], context_dim=c), (6,)

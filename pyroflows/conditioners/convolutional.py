@@ -59,10 +59,10 @@ class Conv(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return θ of shape ``(num_params, *batch, out_channels, height, width)``."""
         batch = x.shape[:-3]
-        h = self.first(x.reshape(batch.numel(), *x.shape[-3:]))
+        h = self.first(x.reshape(-1, *x.shape[-3:]))
         if self.from_context is not None:
             shift = self.from_context(context).expand(*batch, -1)
-            h = h + shift.reshape(batch.numel(), h.shape[1], 1, 1)
+            h = h + shift.reshape(-1, shift.shape[-1], 1, 1)
         for layer in self.hidden:
             h = layer(self.act(h))
         params = self.last(self.act(h)).unflatten(1, (self.num_params, -1)).movedim(1, 0)

@@ -1,24 +1,29 @@
 """Masked autoregressive networks, at once or feature by feature."""
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyroflows.conditioners.network import Activation, Conditioner, Params
-from pyroflows.numerics import functorch_active
+from pyroflows.memory import Twin
+from pyroflows.numerics import plain
 
-__all__ = ["Masked", "SequentialPass"]
+__all__ = ["Masked", "SequentialPass", "check_adjacency"]
 
 
 class Masked(Conditioner):
     r"""A masked autoregressive network (MADE).
 
-    Θ of a feature depends only on the features before it.
+    Θ of a feature depends only on the features before it, or on those that ``adjacency`` names.
 
-    Hidden units are sorted by their degree m, so that all a unit may see is a prefix of the layer
-    below. That makes the network sequential at little more than the price of one pass: see
-    :meth:`sequential`.
+    Every hidden unit has a set of features that it may depend on, and sees the units below whose
+    sets are part of its own. Units are sorted by their degree m, the place of the last feature of
+    the set: all that a unit may see is in a prefix of the layer below. That makes the network
+    sequential at little more than the price of one pass: see :meth:`sequential`.
 
     Args:
         input_dim: Number of features D.
@@ -28,11 +33,14 @@ class Masked(Conditioner):
             leaves some features without units of their own.
         order: The features in the order in which they are generated, a permutation of
             ``range(input_dim)``; the natural one if None.
+        adjacency: Boolean, ``(input_dim, input_dim)``: entry (i, j) says that θ of feature i may
+            depend on feature j. Without cycles; the diagonal does not count. It sets the order.
         residual: Whether widths after the first are residual blocks of two layers.
         activation: Constructor of the nonlinearity.
 
     Raises:
-        ValueError: If ``order`` is no permutation, or ``hidden_dims`` is unusable.
+        ValueError: If ``order`` is no permutation, ``adjacency`` has a cycle or comes with
+            ``order``, or ``hidden_dims`` is unusable.
 
     References:
         Germain, Gregor, Murray, Larochelle (2015), MADE. arXiv:1502.03509
@@ -40,6 +48,7 @@ class Masked(Conditioner):
 
     order: Tensor
     mask: Tensor
+    adjacency: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +58,7 @@ class Masked(Conditioner):
         context_dim: int = 0,
         hidden_dims: Sequence[int] | None = None,
         order: Sequence[int] | Tensor | None = None,
+        adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
         residual: bool = False,
         activation: Activation = nn.ReLU,
     ) -> None:
@@ -62,33 +72,78 @@ class Masked(Conditioner):
             activation=activation,
         )
         self.input_dim = input_dim
-        order = torch.arange(input_dim) if order is None else torch.as_tensor(order)
-        order = order.detach().cpu().long().clone()
-        if sorted(order.tolist()) != list(range(input_dim)):
+        graph = None
+        if adjacency is not None:
+            if order is not None:
+                raise ValueError("adjacency sets the order of the features: leave out the order")
+            graph = check_adjacency(adjacency, input_dim)
+            order = _sorted_by(graph)
+        order = range(input_dim) if order is None else order
+        order = order.tolist() if isinstance(order, Tensor) else list(order)
+        if sorted(order) != list(range(input_dim)):
+            raise ValueError(f"order must be a permutation of 0..{input_dim - 1}; got {order}")
+        self.register_buffer("order", torch.tensor(order))
+        self.register_buffer("adjacency", None if graph is None else torch.tensor(graph.tolist()))
+        self.register_buffer("mask", torch.ones(len(self.weights), dtype=torch.bool))
+        self._set_mask(order, graph)
+        self._known: Twin[tuple[list[int], list[list[int]]]] = Twin()
+        self._plan()
+
+    def _set_mask(self, order: list[int], graph: Tensor | None) -> None:
+        sets, _ = self._sets(order, graph)
+        inside = _is_part_of(sets, sets)
+        layers, _ = self._unpack(self.mask)
+        seen = sets.t()
+        for (weight, _), width in zip(layers[:-1], self.widths, strict=True):
+            units = self._spread_evenly(width, len(sets))
+            weight.copy_(seen[:, units])
+            seen = inside[units]
+        seen = _is_part_of(sets, _before(order) if graph is None else graph)[units]
+        layers[-1][0].copy_(seen.repeat(1, self.num_params))
+
+    def _sets(self, order: list[int], graph: Tensor | None) -> tuple[Tensor, list[int]]:
+        """The sets that units may depend on, ``(count, D)``, and their degrees, ascending."""
+        place = torch.tensor(order, device="cpu").argsort()
+        sets = (_before(order) if graph is None else graph).unique(dim=0)
+        degrees = torch.where(sets, place + 1, 0).amax(1)
+        # without a context a unit that sees nothing would be a constant
+        useful = degrees > (-1 if self.context_dim or not degrees.any() else 0)
+        sets, degrees = sets[useful], degrees[useful]
+        by_degree = degrees.argsort(stable=True)
+        return sets[by_degree], degrees[by_degree].tolist()
+
+    def _spread_evenly(self, width: int, count: int) -> list[int]:
+        """Which set each unit has; the last always among them: no unit below goes unseen."""
+        if self.adjacency is not None and width < count:
             raise ValueError(
-                f"order must be a permutation of 0..{input_dim - 1}; got {order.tolist()}"
+                f"this adjacency needs hidden_dims of at least {count}, one unit for each set of "
+                f"features that others depend on; got {self.hidden_dims}"
             )
-        self.register_buffer("order", order)
-        # m(k): a unit of degree m sees the first m features; the feature of degree d sees units
-        # with m < d
-        degree = torch.empty_like(order)
-        degree[order] = torch.arange(1, input_dim + 1)
-        # without a context a unit of degree 0 would be a constant
-        lowest = 0 if context_dim or input_dim == 1 else 1
-        count = max(1, input_dim - lowest)
-        mask = torch.ones(len(self.weights), dtype=torch.bool)
-        layers, _ = self._unpack(mask)
-        below, self._starts = degree, []
-        for weight, _ in layers[:-1]:
-            # spread evenly, the highest always among them: no unit below goes unseen
-            width = weight.shape[1]
-            units = lowest + (torch.arange(1, width + 1) * count - 1) // width
-            weight.copy_(units >= below[:, None])
-            # unit numbers at which degree m begins, m = 0..D
-            self._starts.append(torch.searchsorted(units, torch.arange(input_dim + 1)).tolist())
-            below = units
-        layers[-1][0].copy_((degree > below[:, None]).repeat(1, num_params))
-        self.register_buffer("mask", mask)
+        return [(k * count - 1) // width for k in range(1, width + 1)]
+
+    def _plan(self) -> tuple[list[int], list[list[int]]] | None:
+        """Return the order, and for each hidden layer the unit at which degree m = 0..D begins."""
+        graph = () if self.adjacency is None else (self.adjacency,)
+        return self._known.of(self._read_plan, self.order, *graph)
+
+    def _read_plan(
+        self, order: Tensor, graph: Tensor | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        features = order.tolist()
+        if sorted(features) != list(range(self.input_dim)):
+            raise RuntimeError(
+                f"the order of the features reads {features}: load the module's state first"
+            )
+        sets, degrees = self._sets(features, None if graph is None else graph.cpu())
+        starts = []
+        for width in self.widths:
+            units = [degrees[i] for i in self._spread_evenly(width, len(sets))]
+            starts.append([bisect_left(units, m) for m in range(self.input_dim + 1)])
+        return features, starts
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._plan()
 
     def layers(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Return (W, b) of each layer, masked weights zero, and the context's weight."""
@@ -104,8 +159,50 @@ class Masked(Conditioner):
         """Begin a pass that gives θ of one feature after the other, as their values become known.
 
         The whole pass multiplies by each weight once, as one call of the network does.
+
+        Raises:
+            RuntimeError: If the network is on the meta device and holds nothing.
         """
-        return SequentialPass(self, torch.Size(batch_shape), context)
+        return SequentialPass(self, tuple(batch_shape), context)
+
+
+def check_adjacency(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) -> Tensor:
+    """Return the graph without its diagonal, checked for its shape."""
+    graph = torch.as_tensor(adjacency, device="cpu").bool()
+    if graph.shape != (input_dim, input_dim):
+        raise ValueError(
+            f"adjacency must be of shape ({input_dim}, {input_dim}), entry (i, j) for feature i "
+            f"depends on feature j; got {tuple(graph.shape)}"
+        )
+    return graph & ~torch.eye(input_dim, dtype=torch.bool, device="cpu")
+
+
+def _sorted_by(graph: Tensor) -> list[int]:
+    """The features, each behind those it depends on."""
+    order: list[int] = []
+    waits_for = {i: set(row.nonzero().flatten().tolist()) for i, row in enumerate(graph)}
+    while waits_for:
+        ready = next((i for i, rest in waits_for.items() if not rest), None)
+        if ready is None:
+            raise ValueError(
+                f"adjacency must have no cycle; features {sorted(waits_for)} depend on each other"
+            )
+        order.append(ready)
+        del waits_for[ready]
+        for rest in waits_for.values():
+            rest.discard(ready)
+    return order
+
+
+def _before(order: list[int]) -> Tensor:
+    """The graph in which each feature depends on all before it."""
+    place = torch.tensor(order, device="cpu").argsort()
+    return place < place[:, None]
+
+
+def _is_part_of(sets: Tensor, others: Tensor) -> Tensor:
+    """Whether each set of the one is a subset of each of the other, ``(len, len)``."""
+    return sets.float() @ (~others).float().t() == 0
 
 
 class SequentialPass:
@@ -116,16 +213,23 @@ class SequentialPass:
     batch)``.
     """
 
-    def __init__(self, net: Masked, batch_shape: torch.Size, context: Tensor | None) -> None:
+    def __init__(self, net: Masked, batch_shape: Sequence[int], context: Tensor | None) -> None:
+        plan = net._plan()
+        if plan is None:
+            raise RuntimeError(
+                "the network is on the meta device and holds nothing: .to_empty(device=...), "
+                "then load its state"
+            )
         self.net, self.batch_shape = net, batch_shape
-        self.order: list[int] = net.order.tolist()
+        self.order, self.starts = plan
         self.known = 0
         # a buffer cannot take what torch.func wraps
-        batch, grad = batch_shape.numel(), torch.is_grad_enabled() or functorch_active()
-        # sorted degrees make all that a unit sees a prefix, so the mask is not needed
-        layers, from_context = net._unpack(net.weights)
+        batch, grad = math.prod(batch_shape), torch.is_grad_enabled() or not plain()
+        # sorted degrees make all that a unit sees a prefix, and by default it sees all of that
+        seen = net.weights if net.adjacency is None else net.weights * net.mask
+        layers, from_context = net._unpack(seen)
         (first, bias), *hidden, (last, last_bias) = layers
-        self.hidden = [(first[net.order].t().contiguous(), bias.unsqueeze(-1))]
+        self.hidden = [(first.index_select(0, net.order).t().contiguous(), bias.unsqueeze(-1))]
         self.hidden += [(weight.t().contiguous(), bias.unsqueeze(-1)) for weight, bias in hidden]
         shape = (net.num_params, net.input_dim, -1)
         self.last = last.t().contiguous().view(shape).unbind(1)
@@ -148,7 +252,7 @@ class SequentialPass:
 
     def push(self, value: Tensor) -> None:
         """Take the value of the next feature, shape batch."""
-        self.x.append(value.reshape(1, self.x.batch))
+        self.x.append(value.reshape(1, -1))
         self.known += 1
         if self.known < len(self.order):
             self._advance()
@@ -187,7 +291,7 @@ class SequentialPass:
         return torch.addmm(bias, weight[begin:end, : len(below)], below)
 
     def _units(self, layer: int) -> tuple[int, int]:
-        starts = self.net._starts[layer]
+        starts = self.starts[layer]
         return starts[self.known], starts[self.known + 1]
 
 

@@ -56,6 +56,7 @@ class Conditioner(nn.Module):
         self.act = activation()
         # a residual block has two layers
         widths = [hidden_dims[0], *(h for h in hidden_dims[1:] for _ in range(1 + residual))]
+        self.widths = widths
         fan_in = [in_features, *widths]
         fan_out = [*widths, num_params * out_features]
         shapes: list[tuple[int, ...]] = []
@@ -99,7 +100,7 @@ class Conditioner(nn.Module):
         layers, from_context = self.layers()
         batch = x.shape[:-1]
         if len(batch) != 1:
-            x = x.reshape(batch.numel(), x.shape[-1])
+            x = x.reshape(-1, x.shape[-1])
         shift = None
         if from_context is not None and context is not None:
             shift = self._spread(context @ from_context, batch)
@@ -136,11 +137,11 @@ class Conditioner(nn.Module):
         return self.act(h)
 
     @staticmethod
-    def _spread(shift: Tensor, batch: torch.Size) -> Tensor:
+    def _spread(shift: Tensor, batch: Sequence[int]) -> Tensor:
         """What the context adds, ``(*context batch, width)``, one row a member or one for all."""
         if shift.dim() == 1:
             return shift
-        return shift.expand(*batch, -1).reshape(batch.numel(), shift.shape[-1])
+        return shift.expand(*batch, -1).reshape(-1, shift.shape[-1])
 
     def extra_repr(self) -> str:
         """Name the sizes."""

@@ -1,6 +1,6 @@
 """What the classes of several families share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Activation, Dense
 
-__all__ = ["Along", "Parameters", "from_rows", "rows_along", "triangle_index", "triangular"]
+__all__ = ["Along", "Parameters", "Triangle", "from_rows", "rows_along"]
 
 
 class Along(Bijection):
@@ -108,15 +108,39 @@ def from_rows(rows: Tensor, like: Tensor, dim: int) -> Tensor:
     return rows.reshape(like.movedim(dim, -1).shape).movedim(-1, dim).contiguous()
 
 
-def triangle_index(size: int, *, upper: bool = False) -> Tensor:
-    """Return where each entry of a matrix lies in ``[0, *packed triangle]``, ``(size, size)``."""
-    index = torch.zeros(size, size, dtype=torch.long)
-    entries = torch.triu_indices(size, size) if upper else torch.tril_indices(size, size)
-    index[entries[0], entries[1]] = torch.arange(1, entries.shape[1] + 1)
-    return index
+class Triangle(nn.Module):
+    """Unpack ``(*batch, D (D + 1) / 2)`` into triangular matrices, ``(*batch, D, D)``.
 
+    Args:
+        size: D.
+        upper: Whether the entries lie above the diagonal, row by row, and not below.
+    """
 
-def triangular(packed: Tensor, index: Tensor) -> Tensor:
-    """Unpack ``(*batch, D (D + 1) / 2)`` into ``(*batch, D, D)``; see :func:`triangle_index`."""
-    padded = F.pad(packed, (1, 0))
-    return padded.index_select(-1, index.flatten()).unflatten(-1, index.shape)
+    index: Tensor
+
+    def __init__(self, size: int, *, upper: bool = False) -> None:
+        super().__init__()
+        self.size, self.upper = size, upper
+        self.register_buffer("index", self._index(None), persistent=False)
+
+    def _index(self, device: torch.device | None) -> Tensor:
+        """Where each entry of a matrix lies in ``[0, *packed]``, ``(D²,)``."""
+        n = self.size
+        side = torch.triu_indices if self.upper else torch.tril_indices
+        rows, columns = side(n, n, device=device)
+        index = torch.zeros(n, n, dtype=torch.long, device=device)
+        index[rows, columns] = torch.arange(1, len(rows) + 1, device=device)
+        return index.flatten()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Triangle":
+        super()._apply(fn, recurse)
+        # no state holds it, and to_empty leaves what it finds in memory
+        self.index = self._index(self.index.device)
+        return self
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """Return the matrices, zero on the other side of the diagonal."""
+        if self.index.device != packed.device:  # as after load_state_dict(assign=True)
+            self.index = self._index(packed.device)
+        entries = F.pad(packed, (1, 0)).index_select(-1, self.index)
+        return entries.unflatten(-1, (self.size, self.size))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Masked
+from pyroflows.conditioners.masked import check_adjacency
 from pyroflows.scalar import Affine, ScalarMap
 from pyroflows.transforms._factories import conditional, spline_map
 from pyroflows.transforms.elementwise import Elementwise, elementwise
@@ -66,11 +67,10 @@ class Autoregressive(Bijection):
         return y, log_slope.sum(-1)
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        order = self.conditioner.order.tolist()
         columns = y.movedim(-1, 0).contiguous().unbind(0)
         sequence = self.conditioner.sequential(y.shape[:-1], context)
         x, log_slopes = list(columns), []
-        for i in order:
+        for i in sequence.order:
             x[i], log_slope = self.scalar.inverse(columns[i], sequence.params())
             sequence.push(x[i])
             log_slopes.append(log_slope)
@@ -87,6 +87,7 @@ def autoregressive(
     hidden_dims: Sequence[int] | None = None,
     *,
     permutation: Sequence[int] | Tensor | None = None,
+    adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
     context_dim: int = 0,
     **network: Any,
 ) -> Autoregressive | Elementwise:
@@ -99,14 +100,19 @@ def autoregressive(
         hidden_dims: Widths of the network; two layers of ten units a feature, 32 to 256, if None.
         permutation: The features in the order in which they depend on each other; the natural one
             if None.
+        adjacency: Instead of ``permutation`` a boolean ``(input_dim, input_dim)``: entry (i, j)
+            says that the parameters of feature i may depend on feature j. No cycles; the diagonal
+            does not count. For ``inv`` the features are those of the data.
         context_dim: Features of the context; 0 for none.
         **network: ``residual`` and ``activation`` of :class:`pyroflows.conditioners.Masked`.
 
     Raises:
-        ValueError: If ``input_dim`` is not positive.
+        ValueError: If ``input_dim`` is not positive, or ``permutation`` or ``adjacency`` is none.
     """
     if input_dim < 1:
         raise ValueError(f"input_dim must be positive; got {input_dim}")
+    if adjacency is not None and input_dim == 1:
+        check_adjacency(adjacency, 1)
     if input_dim == 1:
         return elementwise(scalar, 1, context_dim=context_dim, hidden_dims=hidden_dims, **network)
     conditioner = Masked(
@@ -115,6 +121,7 @@ def autoregressive(
         context_dim=context_dim,
         hidden_dims=hidden_dims,
         order=permutation,
+        adjacency=adjacency,
         **network,
     )
     return Autoregressive(scalar, conditioner, context_dim=context_dim)

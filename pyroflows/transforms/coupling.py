@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Dense, default_hidden_dims
+from pyroflows.memory import Twin
 from pyroflows.scalar import Affine, ScalarMap, Shift
 from pyroflows.transforms._factories import conditional, spline_map
 from pyroflows.transforms.elementwise import Elementwise, elementwise
@@ -65,7 +66,7 @@ class Coupling(Bijection):
     ) -> None:
         if dim >= 0:
             raise ValueError(f"Coupling: dim must be negative; got {dim}")
-        mask = torch.as_tensor(mask).detach().cpu().bool()
+        mask = torch.as_tensor(mask, device="cpu").detach().bool()
         if mask.dim() != 1 or mask.all() or not mask.any():
             raise ValueError(
                 "Coupling: mask must be a vector that moves some entries and keeps some; "
@@ -76,20 +77,22 @@ class Coupling(Bijection):
         self.size = len(mask)
         self.domain = self.codomain = constraints.independent(constraints.real, -dim)
         kept, moved = (~mask).nonzero().flatten(), mask.nonzero().flatten()
-        self.register_buffer("kept_index", kept)
-        self.register_buffer("moved_index", moved)
-        self.register_buffer("restore_index", torch.cat([kept, moved]).argsort())
-        self._find_halves()
+        for name, index in (
+            ("kept_index", kept),
+            ("moved_index", moved),
+            ("restore_index", torch.cat([kept, moved]).argsort()),
+        ):
+            self.register_buffer(name, torch.tensor(index.tolist()))
+        self._known: Twin[int] = Twin()
+        self._halves()
 
-    def _find_halves(self) -> None:
+    def _halves(self) -> int:
         """Halves need no index: 1 if the kept half is in front, -1 if behind, else 0."""
-        kept, moved = self.kept_index.tolist(), self.moved_index.tolist()
-        front, behind = kept[-1] == len(kept) - 1, moved[-1] == len(moved) - 1
-        self._halves = 1 if front else -1 if behind else 0
+        return self._known.of(_find_halves, self.kept_index, self.moved_index) or 0
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._find_halves()
+        self._halves()
 
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
         super()._check(value, event_dim, inverse)
@@ -99,30 +102,31 @@ class Coupling(Bijection):
                 f"got values of shape {tuple(value.shape)}"
             )
 
-    def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, value: Tensor, halves: int) -> tuple[Tensor, Tensor]:
         """Return the kept and the moved part."""
         # views of halves make torch.compile negate a gradient in place (inductor of torch 2.13)
-        if not self._halves or torch.compiler.is_compiling():
+        if not halves or torch.compiler.is_compiling():
             return (
                 value.index_select(self.dim, self.kept_index),
                 value.index_select(self.dim, self.moved_index),
             )
-        n = len(self.kept_index) if self._halves > 0 else len(self.moved_index)
+        n = len(self.kept_index) if halves > 0 else len(self.moved_index)
         front, behind = value.split([n, self.size - n], self.dim)  # one copy backward
-        return (front, behind) if self._halves > 0 else (behind, front)
+        return (front, behind) if halves > 0 else (behind, front)
 
-    def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
-        if self._halves:
-            return torch.cat((kept, moved) if self._halves > 0 else (moved, kept), self.dim)
+    def _merge(self, kept: Tensor, moved: Tensor, halves: int) -> Tensor:
+        if halves:
+            return torch.cat((kept, moved) if halves > 0 else (moved, kept), self.dim)
         return torch.cat((kept, moved), self.dim).index_select(self.dim, self.restore_index)
 
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        kept, moved = self._split(value)
+        halves = self._halves()
+        kept, moved = self._split(value, halves)
         params = self.conditioner(kept, context)
         move = self.scalar.inverse if inverse else self.scalar.forward
         moved, log_slope = move(moved, params)
         log_det = log_slope.flatten(self.dim).sum(-1) if self.dim < -1 else log_slope.sum(-1)
-        return self._merge(kept, moved), log_det
+        return self._merge(kept, moved, halves), log_det
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._move(x, context, inverse=False)
@@ -135,6 +139,12 @@ class Coupling(Bijection):
         return f"{self.scalar}, moves {len(self.moved_index)} of {self.size} along dim {self.dim}"
 
 
+def _find_halves(kept_index: Tensor, moved_index: Tensor) -> int:
+    kept, moved = kept_index.tolist(), moved_index.tolist()
+    front, behind = kept[-1] == len(kept) - 1, moved[-1] == len(moved) - 1
+    return 1 if front else -1 if behind else 0
+
+
 def half_mask(input_dim: int, *, split_dim: int | None = None, swap: bool = False) -> Tensor:
     """Return a mask, shape ``(input_dim,)``, that moves all but the first ``split_dim`` entries.
 
@@ -144,7 +154,7 @@ def half_mask(input_dim: int, *, split_dim: int | None = None, swap: bool = Fals
         swap: Whether to move the first ``split_dim`` entries instead.
     """
     split_dim = input_dim // 2 if split_dim is None else split_dim
-    behind = torch.arange(input_dim) >= split_dim
+    behind = torch.arange(input_dim, device="cpu") >= split_dim
     return ~behind if swap else behind
 
 
@@ -153,7 +163,7 @@ def alternating_mask(input_dim: int, *, swap: bool = False) -> Tensor:
 
     The odd ones, or with swap the even.
     """
-    return torch.arange(input_dim) % 2 == (0 if swap else 1)
+    return torch.arange(input_dim, device="cpu") % 2 == (0 if swap else 1)
 
 
 def coupling(
@@ -203,7 +213,7 @@ def coupling(
         if split_dim is not None and not 0 < split_dim < n:
             raise ValueError(f"split_dim must be between 1 and {n - 1}; got {split_dim}")
         mask = half_mask(n, split_dim=split_dim)
-    mask = torch.as_tensor(mask).bool()
+    mask = torch.as_tensor(mask, device="cpu").bool()
     if mask.shape != (n,):
         raise ValueError(f"mask must have shape ({n},); got {tuple(mask.shape)}")
     if mask.all() or not mask.any():

@@ -226,7 +226,7 @@ def conv_coupling(
     """
     if channels < 2:
         raise ValueError(f"conv_coupling needs at least 2 channels; got {channels}. Squeeze first")
-    mask = half_mask(channels) if mask is None else torch.as_tensor(mask).bool()
+    mask = half_mask(channels) if mask is None else torch.as_tensor(mask, device="cpu").bool()
     if mask.shape != (channels,):
         raise ValueError(f"mask must have shape ({channels},); got {tuple(mask.shape)}")
     scalar = Affine(2.0) if scalar is None else scalar

@@ -12,10 +12,9 @@ from pyroflows.numerics import soft_bound
 from pyroflows.transforms._common import (
     Along,
     Parameters,
+    Triangle,
     from_rows,
     rows_along,
-    triangle_index,
-    triangular,
 )
 from pyroflows.transforms._factories import conditional
 
@@ -44,7 +43,7 @@ LOG_SCALE_BOUND = 16.0  # of a diagonal: e^16 is still harmless in float32
 
 
 def _permutation(permutation: Sequence[int] | Tensor, size: int) -> Tensor:
-    order = torch.as_tensor(permutation).tolist()
+    order = torch.as_tensor(permutation, device="cpu").tolist()
     if not isinstance(order, list) or sorted(order) != list(range(size)):
         raise ValueError(f"permutation must be one of 0..{size - 1}; got {order}")
     return torch.tensor(order, dtype=torch.long)
@@ -181,8 +180,6 @@ class TriangularAffine(Along):
             bound.
     """
 
-    triangle: Tensor
-
     def __init__(
         self,
         input_dim: int,
@@ -203,20 +200,20 @@ class TriangularAffine(Along):
                 f"({d}, {d}); got {tuple(loc.shape)} and {tuple(scale_tril.shape)}"
             )
         ratio = scale_tril.diagonal().log() / bound
-        if not bool((ratio.abs() < 1).all()):
+        if not ratio.is_meta and not bool((ratio.abs() < 1).all()):
             raise ValueError(
                 f"TriangularAffine expects |log diag(scale_tril)| < {bound}; "
                 f"got a diagonal of {scale_tril.diagonal().tolist()}"
             )
         raw = bound * ratio * (1 - ratio * ratio).rsqrt()  # undoes soft_bound
         packed = (scale_tril.tril(-1) + raw.diag())[*torch.tril_indices(d, d)]
-        self.register_buffer("triangle", triangle_index(d), persistent=False)
+        self.triangle = Triangle(d)
         start = torch.cat([loc, packed]).unsqueeze(0)
         self.entries = Parameters(start, context_dim=context_dim, **network)
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         (entries,) = self.entries.of(context)
-        raw = triangular(entries[..., self.size :], self.triangle)
+        raw = self.triangle(entries[..., self.size :])
         log_diagonal = soft_bound(raw.diagonal(dim1=-2, dim2=-1), self.bound)
         loc = entries[..., : self.size]
         return loc, raw.tril(-1) + log_diagonal.exp().diag_embed(), log_diagonal
@@ -364,7 +361,8 @@ def permute(
         ValueError: If the arguments do not fit together.
     """
     if permutation is None:
-        permutation = torch.randperm(input_dim if isinstance(input_dim, int) else input_dim[0])
+        size = input_dim if isinstance(input_dim, int) else input_dim[0]
+        permutation = torch.randperm(size, device="cpu")
     return Permute(input_dim, permutation, dim=dim)
 
 
@@ -428,7 +426,7 @@ def generalized_channel_permute(
     channels mix.
     """
     if permutation is None:
-        permutation = torch.randperm(channels)
+        permutation = torch.randperm(channels, device="cpu")
     return Linear(channels, permutation, dim=-3, hidden_dims=hidden_dims, **kwargs)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyroflows.bijection import Bijection
 from pyroflows.numerics import monotone_inverse
-from pyroflows.transforms._common import Along, Parameters, triangle_index, triangular
+from pyroflows.transforms._common import Along, Parameters, Triangle
 from pyroflows.transforms._factories import conditional
 from pyroflows.transforms.linear import reflect
 
@@ -176,8 +176,6 @@ class Sylvester(Along):
         arXiv:1803.05649
     """
 
-    triangle: Tensor
-
     def __init__(
         self, input_dim: int, count_transforms: int = 1, *, context_dim: int = 0, **network: Any
     ) -> None:
@@ -185,7 +183,7 @@ class Sylvester(Along):
         if count_transforms < 1:
             raise ValueError(f"count_transforms must be positive; got {count_transforms}")
         d = self.size
-        self.register_buffer("triangle", triangle_index(d, upper=True), persistent=False)
+        self.triangle = Triangle(d, upper=True)
         identity = torch.eye(d)[*torch.triu_indices(d, d)]
         pieces = [torch.randn(count_transforms * d), 0 * identity, identity, torch.zeros(d)]
         self.sizes = [len(piece) for piece in pieces]
@@ -200,7 +198,7 @@ class Sylvester(Along):
         return reflections, self._matrix(r), self._matrix(s), b
 
     def _matrix(self, packed: Tensor) -> Tensor:
-        raw = triangular(packed, self.triangle)
+        raw = self.triangle(packed)
         diagonal = math.sqrt(1 - MIN_SLOPE) * raw.diagonal(dim1=-2, dim2=-1).tanh()
         return raw.triu(1) + diagonal.diag_embed()
 
