@@ -380,8 +380,8 @@ class Flow(PyroModule):
         precision: one pair for each feature, or each channel (axis -3) of events of three axes or
         more. A constant feature is only shifted; a feature of the context that has two values is
         mapped to 0 and 1. Where the flow's last parts bound the values, the units are those
-        before these parts. A flow that is bounded from its base on has none for its data, and one
-        with an ``embedding`` none for its context.
+        before these parts. There are none for the data of a flow that is bounded from its base on,
+        nor for a context that an ``embedding`` makes.
 
         Args:
             x: Data, shape ``(n, *event)``; None to leave the units of the data.
@@ -389,14 +389,24 @@ class Flow(PyroModule):
             sample_weight: Non-negative weight of each row, shape ``(n,)``.
 
         Raises:
-            ValueError: If the flow's dtype cannot hold the variation of a feature.
+            ValueError: If the flow's dtype cannot hold the variation of a feature, shapes do not
+                fit, or there is nothing to standardize.
         """
-        transform = self._parts()[1]
-        if "embedding" in self._modules:
-            context = self.embed(context) if x is not None and context is not None else None
-        elif context is not None and transform.context_dim:
+        transform, embedded = self._parts()[1], "embedding" in self._modules
+        if context is not None and not embedded:
+            check_context(context, self.context_dim, "this flow")
             transform.context_units.fit_to(context, sample_weight, name="context", binary=True)
-        if x is not None and transform.seam is not None:
+        elif x is None:
+            raise ValueError(
+                "standardize: the context is the embedding's" if embedded else "got no rows"
+            )
+        if x is not None:
+            if transform.seam is None:
+                raise ValueError(
+                    "standardize: this flow is bounded, or an angle, from its base on, or the "
+                    "base does not say its event_shape: there is no location and scale to set"
+                )
+            context = self.embed(context) if embedded and context is not None else context
             transform.units.fit_to(transform.before_seam(x, context), sample_weight)
 
     @property

@@ -199,8 +199,10 @@ def test_bounds_stay_where_they_are():
     # the base itself is bounded, or an angle: its units are the user's
     for base in (dist.Uniform(torch.zeros(2), 1.0), dist.VonMises(torch.zeros(2), 1.0)):
         flow = Flow(base, [T.elementwise_affine(2)])
-        flow.standardize(x)
-        assert flow.transform.seam is None
+        with pytest.raises(ValueError, match="bounded, or an angle"):
+            flow.standardize(x)
+        fit(flow, flow.sample(100), num_epochs=1)
+        assert not [name for name, _ in flow.named_buffers() if "units" in name]
 
 
 def test_constant_and_binary_features():
@@ -231,6 +233,8 @@ def test_precision_is_kept_or_refused():
     assert abs(flow.log_prob(x).mean() - truth) < 0.03
     with pytest.raises(ValueError, match="beyond torch.float32"):
         fit(small(), torch.randn(50, 2).double() * 1e45)
+    with pytest.raises(ValueError, match=r"x of shape \(n, 2\); got \(50, 3\)"):
+        flow.standardize(torch.randn(50, 3).double())
     huge = small().double()
     huge.standardize(torch.randn(50, 2).double() * 1e250)
     assert huge.log_prob(torch.zeros(2).double()).isfinite()

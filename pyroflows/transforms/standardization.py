@@ -79,8 +79,14 @@ class Units(Bijection):
             binary: Whether a feature that has two values becomes 0 and 1 instead.
 
         Raises:
-            ValueError: If the dtype of the buffers cannot hold the variation of a feature.
+            ValueError: If the rows have another shape, none is finite, or the dtype of the buffers
+                cannot hold the variation of a feature.
         """
+        if rows.shape[1:] != self.loc.shape:
+            raise ValueError(
+                f"standardization expects {name} of shape (n, "
+                f"{', '.join(map(str, self.loc.shape))}); got {tuple(rows.shape)}"
+            )
         loc, scale, peak = _location_and_scale(_by_feature(rows), weight, binary)
         eps = torch.finfo(self.loc.dtype).eps
         coarse = (scale > 0) & (scale < 64 * eps * peak)
@@ -239,15 +245,24 @@ def _location_and_scale(
     values: Tensor, weight: Tensor | None, binary: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Location, scale (0 if constant) and largest magnitude of each feature, in float64."""
-    if weight is None:
-        weight = values.new_ones(len(values))
-    keep = (weight > 0) & values.isfinite().flatten(1).all(-1)
-    values, weight = values[keep].double(), weight[keep].double()
+    keep = values.isfinite().flatten(1).all(-1)
+    weight = values.new_ones(len(values)) if weight is None else weight.to(values.device)
+    keep &= weight > 0
+    if not keep.any():
+        raise ValueError("standardization needs finite rows of positive weight; got none")
+    weight = weight[keep].double()
+    weight = weight / (weight.sum() * values.shape[-1])
+    count = max(1, 2**22 // values[:, :1].numel())  # features at once: the copies stay small
+    blocks = [_of_features(v[keep].double(), weight, binary) for v in values.split(count, 1)]
+    loc, scale, peak = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return loc, scale, peak
+
+
+def _of_features(values: Tensor, weight: Tensor, binary: bool) -> tuple[Tensor, Tensor, Tensor]:
     low, high = values.amin((0, 2)), values.amax((0, 2))
     peak = torch.maximum(low.abs(), high.abs())
     unit = torch.where(peak > 0, peak, 1.0)  # so that no square overflows
     scaled = values / unit[:, None] - (low / unit)[:, None]  # zero, and exact, if constant
-    weight = weight / (weight.sum() * values.shape[-1])
     mean = torch.einsum("n,nfv->f", weight, scaled)
     var = torch.einsum("n,nfv->f", weight, (scaled - mean[:, None]).square())
     loc, scale = low + mean * unit, var.sqrt() * unit
