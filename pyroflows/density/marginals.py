@@ -254,7 +254,8 @@ class Histogram(nn.Module):
         """
         level, count = np.unique(values, return_counts=True)
         n = len(values)
-        dense = step is not None and len(level) > 1 << 14  # too many levels to tell one by one
+        # Too many levels to tell one by one, or hardly any repeated: not each is a spike.
+        dense = step is not None and (len(level) > 1 << 14 or len(level) > 0.95 * n > 100)
         cells = value_cells(level, count, None if dense else step)
         if step:
             lower, upper = _shifted(lower, -step / 2), _shifted(upper, step / 2)
@@ -328,14 +329,21 @@ def tails(
     *,
     floor: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shape of the tails beyond lo and hi; uniform (shape -1) up to a bound."""
+    """Scale and shape of the tails beyond lo and hi, which end at the bounds."""
     out = []
     for sign, end, bound in ((-1, lo, lower), (1, hi, upper)):
         beta, xi = tail_index(sign * values)
         room = np.inf if bound is None else max(sign * (bound - end), 1e-9 * max(hi - lo, floor))
-        out.append((room, -1.0) if np.isfinite(room) else (max(beta, floor), xi))
+        out.append(_ended(max(beta, floor), xi, room))
     scale, shape = np.array(out).T
     return scale, shape
+
+
+def _ended(beta: float, xi: float, room: float) -> tuple[float, float]:
+    """A tail that ends after ``room``: uniform if it would reach there, else of its own scale."""
+    if not np.isfinite(room):
+        return beta, xi
+    return (room, -1.0) if beta >= room else (beta, -beta / room)
 
 
 def tail_index(values: np.ndarray) -> tuple[float, float]:
@@ -459,7 +467,11 @@ class NormalScores(nn.Module):
         x = x[keep]
         middle = float(np.mean(values))
         skew = abs(np.mean(((values - middle) / spread) ** 3))
-        plain = len(x) < 2 or (n < 1000 and skew < 1.0 and lower is None and upper is None)
+        rooms = [
+            np.inf if bound is None else sign * (bound - middle) - 2 * spread
+            for sign, bound in ((-1, lower), (1, upper))
+        ]
+        plain = len(x) < 2 or (n < 1000 and skew < 1.0 and min(rooms) >= 2 * spread)
         if plain:
             x, score = middle + 2 * spread * np.array([-1.0, 1.0]), np.array([-2.0, 2.0])
         delta = np.diff(score) / np.diff(x)
@@ -467,17 +479,18 @@ class NormalScores(nn.Module):
         slopes = np.concatenate([delta[:1], inner, delta[-1:]])
         scale, shape = tails(values, x[0], x[-1], lower, upper, floor=1e-9 * spread)
         if plain:
-            scale, shape = np.full(2, 10 * spread), np.full(2, 0.05)
+            rooms = [room if room > 0 else np.inf for room in rooms]
+            scale, shape = np.array([_ended(10 * spread, 0.05, room) for room in rooms]).T
         else:
             for side in (0, -1):
-                if shape[side] < 0:  # so steep that the density does not pile up at the bound
-                    slopes[side] = max(slopes[side], 1 / scale[side])
-                else:
+                if shape[side] > -1:
                     scale[side] = max(scale[side], 1e-3 / slopes[side])
                     # Mills' ratio: beyond z an exponential tail of scale beta has normal scores of
                     # slope 1 / (beta z).
                     best = 1 / (scale[side] * max(edge, 1.0))
                     slopes[side] = float(np.clip(best, slopes[side] / 10, slopes[side] * 3))
+                if shape[side] < 0:  # so steep that the density does not pile up at the bound
+                    slopes[side] = max(slopes[side], -shape[side] / scale[side])
         as_tensor = torch.as_tensor
         return cls(
             as_tensor(x), as_tensor(score), as_tensor(slopes), as_tensor(scale), as_tensor(shape)

@@ -14,31 +14,9 @@ NONE: tuple[None, np.ndarray] = None, np.empty(0)
 CLOCK = (86400.0, 43200.0, 21600.0, 3600.0, 1800.0, 900.0, 600.0, 300.0, 60.0, 30.0, 15.0)
 # Where shares, hours, angles, dates and bytes end. Whole numbers end exactly there.
 ENDS = (1.0, 10.0, 24.0, 60.0, 90.0, 100.0, 180.0, 360.0, 1000.0)
-WHOLE_ENDS = (
-    4,
-    5,
-    6,
-    7,
-    10,
-    11,
-    12,
-    23,
-    24,
-    31,
-    52,
-    53,
-    59,
-    60,
-    99,
-    100,
-    255,
-    359,
-    360,
-    365,
-    366,
-    999,
-    1000,
-)
+WHOLE_TWINS = (90.0, 100.0, 180.0, 360.0)
+FROM_ONE = (4.0, 5.0, 6.0, 7.0, 10.0, 12.0, 31.0, 52.0, 53.0, 366.0)  # ratings, days, weeks
+WHOLE_ENDS = (*FROM_ONE, 11.0, 23.0, 24.0, 59.0, 60.0, 99.0, 255.0, 359.0, 365.0, 999.0, 1000.0)
 
 
 @dataclasses.dataclass
@@ -151,7 +129,7 @@ def find_bounds(x: Numbers, step: float | None) -> tuple[float | None, float | N
       amounts (lognormal) describes them better than a normal law.
     - Ends of shares, hours, angles (1, 24, 100, 180, 360, ...) that the data touch: they stay
       within, come close, and do not thin out before. Negative ends only with their positive twin.
-    - For whole numbers also 1, 12, 23, 31, 59 and the like, if attained.
+    - For whole numbers also 12, 23, 31, 59 and the like, if attained.
     """
     if x.size == 0:
         return None, None
@@ -162,22 +140,18 @@ def find_bounds(x: Numbers, step: float | None) -> tuple[float | None, float | N
     if x.size < 30 or len(x.level) < 3:
         return lower, upper
     reach = 0.05 * x.span
-    if x.whole and upper is None and _sharp(x, high) and high in WHOLE_ENDS and low >= 0:
-        upper = high
-    if x.whole and lower is None and _sharp(x, low) and low == 1:
-        lower = low
-    ends = [
-        e for e in ENDS if 0 <= e - high <= reach and not (x.whole and e in (1.0, 10.0, 1000.0))
-    ]
-    if upper is None and ends and _sharp(x, high):
-        upper = ends[0]
-        if lower is None and 0 <= low + upper <= reach and _sharp(x, low):
-            lower = -upper
-        if lower is None and low < 0:
-            upper = None
-    if lower is None and 0 <= low <= reach and _sharp(x, low):
-        lower = 0.0
-    return lower, upper
+    ends = [e for e in (WHOLE_TWINS if x.whole else ENDS) if 0 <= e - high <= reach]
+    if x.whole and low >= 0 and high in WHOLE_ENDS:
+        ends = [high]
+    if upper is not None or not ends or not _sharp(x, high):
+        return (0.0 if lower is None and 0 <= low <= reach and _sharp(x, low) else lower), upper
+    end = ends[0]
+    if low < 0:  # a negative end only with its positive twin
+        twins = low + end >= 0 and low + end <= reach and _sharp(x, low)
+        return (-end, end) if twins else (None, None)
+    if x.whole and low == 1 and end in FROM_ONE:
+        return 1.0, end
+    return (lower if end in (90.0, 180.0) else 0.0), end
 
 
 def _sharp(x: Numbers, end: float) -> bool:
