@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 pytest.importorskip("safetensors")
 
@@ -72,6 +73,80 @@ def test_wrong_files_and_columns_are_named(tmp_path):
         DensityEstimator.load(junk)
     with pytest.raises(ValueError, match="now missing:\n- k"):
         DensityEstimator.load(GOLDEN).score_samples(table().drop(columns="k"))
+
+
+def edited(path, change):
+    """The golden file with another header or other tensors."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(GOLDEN))
+    with safe_open(str(GOLDEN), "pt") as file:
+        header = json.loads(file.metadata()["pyroflows"])
+    change(header, tensors)
+    save_file(tensors, str(path), metadata={"pyroflows": json.dumps(header)})
+    return path
+
+
+def test_every_field_and_tensor_is_needed_and_checked(tmp_path):
+    """Whatever is left out, or put in its place, is a ValueError that names the file."""
+    header = files.read_header(GOLDEN)
+    from safetensors.torch import load_file
+
+    names = list(load_file(str(GOLDEN)))
+    junk = [None, "x", -1, 10**9, [], {}, [[1]], {"a": 1}, 0.5]
+    for field in set(header) - {"params"}:
+        with pytest.raises(ValueError, match="m"):
+            DensityEstimator.load(edited(tmp_path / "m", lambda h, t: h.pop(field)))  # noqa: B023
+        for value in junk:
+            path = edited(tmp_path / "m", lambda h, t: h.update({field: value}))  # noqa: B023
+            if value != header[field]:
+                with pytest.raises(ValueError, match=str(path)):
+                    DensityEstimator.load(path)
+    for name in names:
+        for change in (
+            lambda h, t: t.pop(name),  # noqa: B023
+            lambda h, t: t.update({name: torch.zeros(3, 7)}),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"is damaged: .*tensor"):
+                DensityEstimator.load(edited(tmp_path / "m", change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, t: h["config"].update(hidden_dim=10**6), "expected shape"),
+        (lambda h, t: h["config"].update(members=10**9), "expected shape"),
+        (lambda h, t: h["config"].update(components=10**9), "expected shape"),
+        (lambda h, t: h["config"].update(depth=10**9), "hidden layers"),
+        (lambda h, t: h["config"].update(dropout="a"), "dropout"),
+        (lambda h, t: h["config"].update(width=1), "config has fields"),
+        (lambda h, t: h.update(order=[0, 0, 1, 2, 3]), "permutation"),
+        (lambda h, t: h["params"].update(draws=10**12), "draws"),
+        (lambda h, t: h["schema"][0].update(kind="categorical"), "tensor"),
+        (lambda h, t: h["schema"][0].update(kind="spam"), "wrong type"),
+        (lambda h, t: h["schema"][0].update(step="a"), "wrong type|not supported"),
+        (lambda h, t: h["schema"][0].pop("dtype"), "not a stored column"),
+        (lambda h, t: h["schema"][3].update(levels=["b"]), "group"),
+        (lambda h, t: h["schema"][1].update(name="x"), "must be unique"),
+        (lambda h, t: t["cell0.hist.group"].fill_(10**10), "names bins"),
+        (lambda h, t: t["cell4.group"].fill_(-1), "names bins"),
+        (lambda h, t: t.update({"more": t["cell0.loc"].clone()}), "belong nowhere"),
+    ],
+)
+def test_edited_and_hostile_files_are_refused_before_they_ask_for_memory(
+    tmp_path, change, message
+):
+    with pytest.raises(ValueError, match=rf"m is damaged: .*({message})"):
+        DensityEstimator.load(edited(tmp_path / "m", change))
+
+
+def test_truncated_files_are_refused(tmp_path):
+    whole = GOLDEN.read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "m").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="m is not a safetensors file"):
+            DensityEstimator.load(tmp_path / "m")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.density.columns import LabelCells, NumberCells
+from pyroflows.density.header import check_header, check_tensors
 from pyroflows.density.marginals import Histogram, NormalScores
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
@@ -60,32 +61,50 @@ def read_header(path: Any) -> dict[str, Any]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("pyroflows", "{}"))
+            text = (file.metadata() or {}).get("pyroflows", "{}")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if header.get("format") != FORMAT:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged header: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise ValueError(f"{path} is not a saved DensityEstimator: its format is {found!r}")
+    version = header.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(
-            f"{path} is not a saved DensityEstimator: its format is {header.get('format')!r}"
-        )
-    if header["version"] > VERSION:
-        raise ValueError(
-            f"{path} has format version {header['version']}; this pyroflows reads up to {VERSION}"
+            f"{path} has format version {version}; this pyroflows reads up to {VERSION}"
         )
     return header
 
 
 def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
-    """Read a fitted estimator of class ``kind``."""
-    import pandas as pd
+    """Read a fitted estimator of class ``kind``.
+
+    The header is checked against the tensors before anything is built from it.
+
+    Raises:
+        ValueError: If the file is none, or damaged, naming the part.
+    """
     from safetensors.torch import load_file
 
     header = read_header(path)
     tensors = load_file(str(path))
+    try:
+        check_header(header)
+        schema = Schema.from_json(header["schema"], from_json(header.get("index_names", [None])))
+        check_tensors(header, schema, tensors)
+        model = _model(header, schema, tensors)
+        return _estimator(kind, header, schema, model.to(device))
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
+
+def _model(header: dict[str, Any], schema: Schema, tensors: dict[str, Tensor]) -> TableModel:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-    schema = Schema.from_json(header["schema"], from_json(header.get("index_names", [None])))
     cells = [_cell(part(f"cell{i}.")) for i in range(len(header["order"]))]
     state = part("mixture.")
     mixture = None
@@ -103,9 +122,15 @@ def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
             **header["config"],
         )
     model.load_state_dict(part("model."))
+    return model.eval().requires_grad_(False)
+
+
+def _estimator(kind: Any, header: dict[str, Any], schema: Schema, model: TableModel) -> Any:
+    import pandas as pd
+
     known = set(kind._names())
     out = kind(**{k: from_json(v) for k, v in header["params"].items() if k in known})
-    out.model_ = model.to(device).eval().requires_grad_(False)
+    out.model_ = model
     out.schema_ = schema
     out.n_features_in_ = len(schema)
     if header["named"]:

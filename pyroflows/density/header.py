@@ -1,0 +1,195 @@
+"""What a model file must hold before anything is built from it: sizes first, then memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroflows.tables import Schema
+
+__all__ = ["check_header", "check_tensors"]
+
+FIELDS: dict[str, type | tuple[type, ...]] = dict(
+    schema=list,
+    named=bool,
+    order=list,
+    num_given=int,
+    config=dict,
+    params=dict,
+    score_quantiles=list,
+    column_nats=list,
+    history=dict,
+)
+SIZES = ("members", "hidden_dim", "depth", "components")
+FLOATS = (torch.float32, torch.float64)
+
+
+def check_header(header: Mapping[str, Any]) -> None:
+    """Fields and their types.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, kind in FIELDS.items():
+        _claim(isinstance(header.get(name), kind), f"field {name!r} is missing or of a wrong type")
+    d, config = len(header["schema"]), header["config"]
+    _claim(
+        all(_whole(i) for i in header["order"]) and sorted(header["order"]) == list(range(d)),
+        f"order is no permutation of the {d} columns",
+    )
+    _claim(_whole(header["num_given"]) and 0 <= header["num_given"] < d, "num_given is no count")
+    _claim(set(config) == {*SIZES, "dropout"}, f"config has fields {sorted(config)}")
+    _claim(all(_whole(config[k]) and config[k] >= 1 for k in SIZES), "config has no sizes")
+    dropout = config["dropout"]
+    _claim(isinstance(dropout, (int, float)) and 0 <= dropout < 1, "dropout is no probability")
+    for name in ("score_quantiles", "column_nats"):
+        _claim(all(isinstance(v, (int, float)) for v in header[name]), f"{name} are no numbers")
+    _claim(len(header["score_quantiles"]) == 201, "there are not 201 score_quantiles")
+    _claim(len(header["column_nats"]) == d - header["num_given"], "column_nats do not fit")
+    _claim(set(header["history"]) == {"columns", "data"}, "history is no table")
+    draws = header["params"].get("draws", 1)
+    _claim(_whole(draws) and 1 <= draws <= 10**6, "draws is no number of draws")
+
+
+def check_tensors(
+    header: Mapping[str, Any], schema: Schema, tensors: Mapping[str, Tensor]
+) -> None:
+    """Names, types and shapes of the tensors, by the header; nothing larger than they is made.
+
+    Raises:
+        ValueError: Naming the tensor, what was expected and what came.
+    """
+    at = _Tensors(tensors)
+    features, bins, label = [], [], []
+    for i, j in enumerate(header["order"]):
+        column = schema.columns[j]
+        read = _label if column.is_label else _number
+        width, count = read(at, f"cell{i}.", max(len(column.levels), 1))
+        features.append(width)
+        bins.append(count)
+        label.append(column.is_label)
+    _nets(at, header["config"], header["num_given"], features, bins, label)
+    if any(name.startswith("mixture.") for name in tensors):
+        k = at.shape("mixture.log_weight", None)[0]
+        d = label.count(False)
+        at.shape("mixture.mean", k, d)
+        at.shape("mixture.chol", k, d, d)
+        sizes = [b for b, is_label in zip(bins, label, strict=True) if is_label]
+        for i, size in enumerate(sizes):
+            at.shape(f"mixture.label{i}", k, size)
+    at.nothing_else()
+
+
+def _nets(
+    at: _Tensors,
+    config: Mapping[str, Any],
+    num_given: int,
+    features: list[int],
+    bins: list[int],
+    label: list[bool],
+) -> None:
+    m, h, depth, k = (config[name] for name in SIZES)
+    targets = list(zip(bins, label, strict=True))[num_given:]
+    t, f = len(targets), max(sum(features), 1)
+    at.shape("model.alpha", t)
+    at.shape("model.has_missing", t, dtype=(torch.bool,))
+    at.shape("model.nets.mask", m * t, f, 1)
+    at.shape("model.nets.w0", m * t, f, h)
+    at.shape("model.nets.b0", m * t, 1, h)
+    layers = sum(name.startswith("model.nets.w.") for name in at.tensors)
+    _claim(layers == depth - 1, f"depth is {depth}, but there are {layers + 1} hidden layers")
+    for i in range(layers):
+        at.shape(f"model.nets.w.{i}", m * t, h, h)
+        at.shape(f"model.nets.b.{i}", m * t, 1, h)
+    for kind in (0, 1):
+        own = [b for b, is_label in targets if is_label == bool(kind)]
+        size, most = m * len(own), max(own, default=1)
+        out = 1 + most + (0 if kind else 3 * k)
+        at.shape(f"model.nets.head.{kind}", size, h, out)
+        at.shape(f"model.nets.skip.{kind}", size, f, 1 + most if kind else 3 * k)
+        at.shape(f"model.nets.bias.{kind}", size, 1, out)
+
+
+def _label(at: _Tensors, prefix: str, levels: int) -> tuple[int, int]:
+    """Features and bins of a column of labels."""
+    group = at.group(prefix + "group", levels)
+    at.shape(prefix + "log_inside", levels)
+    bins = at.shape(prefix + "bin_mass", None)[0]
+    _claim(int(group.max()) < bins, f"{prefix}group names bins beyond the {bins} of bin_mass")
+    at.shape(prefix + "log_unseen")
+    missing = at.flag(prefix + "missing_seen")
+    return bins + missing, bins
+
+
+def _number(at: _Tensors, prefix: str, levels: int) -> tuple[int, int]:
+    """Features and bins of a column of numbers."""
+    pieces = at.shape(prefix + "hist.edges", None)[0] + 1
+    at.shape(prefix + "hist.mass", pieces)
+    group = at.group(prefix + "hist.group", pieces)
+    knots = at.shape(prefix + "scores.knots", None)[0]
+    _claim(pieces >= 3 and knots >= 2, f"{prefix}hist or scores have too few knots")
+    at.shape(prefix + "scores.scores", knots)
+    at.shape(prefix + "scores.slopes", knots)
+    for name in ("hist.scale", "hist.xi", "scores.scale", "scores.xi", "bounds"):
+        at.shape(prefix + name, 2)
+    for name in ("loc", "scale", "step", "anchor"):
+        at.shape(prefix + name)
+    atoms = at.shape(prefix + "atoms", None)[0]
+    waves = at.shape(prefix + "waves", None, dtype=(torch.int64,))[0]
+    bins = int(group[-1]) + 1 + atoms
+    at.shape(prefix + "bin_mass", bins)
+    missing = at.flag(prefix + "missing_seen")
+    return 2 + 2 * waves + atoms + missing, bins
+
+
+class _Tensors:
+    """The tensors of a file, and which of them have been asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors, self.seen = tensors, set[str]()
+
+    def shape(
+        self, name: str, *want: int | None, dtype: tuple[torch.dtype, ...] = FLOATS
+    ) -> tuple[int, ...]:
+        """Its shape, which must be the one wanted (None: any size)."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise ValueError(f"tensor {name!r} is missing")
+        self.seen.add(name)
+        got = tuple(tensor.shape)
+        fits = len(got) == len(want) and all(
+            w in (None, g) for w, g in zip(want, got, strict=True)
+        )
+        _claim(fits, f"tensor {name!r}: expected shape {want}, got {got}")
+        _claim(tensor.dtype in dtype, f"tensor {name!r} is of type {tensor.dtype}")
+        return got
+
+    def group(self, name: str, size: int) -> Tensor:
+        """Bins of codes or pieces: small nonnegative integers."""
+        self.shape(name, size, dtype=(torch.int64,))
+        group = self.tensors[name]
+        fits = bool(((group >= 0) & (group < size)).all())
+        _claim(fits, f"tensor {name!r} names bins that are not there")
+        return group
+
+    def flag(self, name: str) -> bool:
+        """A boolean."""
+        self.shape(name, dtype=(torch.bool,))
+        return bool(self.tensors[name])
+
+    def nothing_else(self) -> None:
+        """Every tensor must have been asked for."""
+        rest = sorted(set(self.tensors) - self.seen)
+        _claim(not rest, f"tensors that belong nowhere: {rest[:5]}")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _claim(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
