@@ -483,7 +483,7 @@ class NormalScores(nn.Module):
             scale, shape = np.array([_ended(10 * spread, 0.05, room) for room in rooms]).T
         else:
             for side in (0, -1):
-                if shape[side] > -1:
+                if shape[side] > -0.2:  # no bound, or a far one
                     scale[side] = max(scale[side], 1e-3 / slopes[side])
                     # Mills' ratio: beyond z an exponential tail of scale beta has normal scores of
                     # slope 1 / (beta z).
