@@ -483,14 +483,16 @@ class NormalScores(nn.Module):
             scale, shape = np.array([_ended(10 * spread, 0.05, room) for room in rooms]).T
         else:
             for side in (0, -1):
-                if shape[side] > -0.2:  # no bound, or a far one
-                    scale[side] = max(scale[side], 1e-3 / slopes[side])
+                room = -scale[side] / shape[side] if shape[side] < 0 else np.inf
+                if room > 2 * spread:  # no bound, or a far one
+                    beta = max(scale[side], 1e-3 / slopes[side])
+                    scale[side], shape[side] = _ended(beta, max(shape[side], 0.05), room)
                     # Mills' ratio: beyond z an exponential tail of scale beta has normal scores of
                     # slope 1 / (beta z).
                     best = 1 / (scale[side] * max(edge, 1.0))
                     slopes[side] = float(np.clip(best, slopes[side] / 10, slopes[side] * 3))
                 if shape[side] < 0:  # so steep that the density does not pile up at the bound
-                    slopes[side] = max(slopes[side], -shape[side] / scale[side])
+                    slopes[side] = max(slopes[side], 1 / room)
         as_tensor = torch.as_tensor
         return cls(
             as_tensor(x), as_tensor(score), as_tensor(slopes), as_tensor(scale), as_tensor(shape)

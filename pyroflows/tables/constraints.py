@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Relation", "parse_constraint"]
+__all__ = ["Parsed", "Relation", "in_words", "parse_constraint"]
 
 OPERATORS = ("<=", ">=", "==", "<", ">", "=")
 
@@ -36,6 +36,7 @@ class Relation:
         step: The column's own recording step, on which results are rounded.
         anchor: A value on that lattice.
         slack: Largest rounding error that still counts as equal.
+        words: The expressions as they were written.
     """
 
     exprs: list[list[tuple[int, Any]]]
@@ -46,6 +47,7 @@ class Relation:
     step: float | None = None
     anchor: float = 0.0
     slack: float = 0.0
+    words: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def names(self) -> list[Any]:
@@ -83,8 +85,10 @@ class Relation:
         return out
 
     def __str__(self) -> str:
-        texts = [_text(e, c) for e, c in zip(self.exprs, self.constants, strict=True)]
-        both = texts[0] if len(texts) == 1 else f"{'max' if self.sign > 0 else 'min'}({texts})"
+        if len(self.words) == 1:
+            both = self.words[0]
+        else:
+            both = f"{'max' if self.sign > 0 else 'min'}({', '.join(self.words)})"
         word = "=" if self.equal else (">" if self.sign > 0 else "<") + "=" * (not self.strict)
         return f"{word} {both}"
 
@@ -94,12 +98,6 @@ class Relation:
         out = cls(**data)
         out.exprs = [[(int(s), name) for s, name in expr] for expr in out.exprs]
         return out
-
-
-def _text(expr: Sequence[tuple[int, Any]], constant: float) -> str:
-    parts = [f"{'+' if s > 0 else '-'} {name}" for s, name in expr]
-    text = " ".join(parts).removeprefix("+ ")
-    return text if not constant or expr and abs(constant) > 1e8 else f"{text} + {constant:g}"
 
 
 @dataclasses.dataclass
@@ -124,6 +122,14 @@ class Parsed:
         """The expression that bounds this column, and 1 if the column lies above it."""
         own = next(s for s, n in self.terms if n == name)
         return [(-s * own, n) for s, n in self.terms if n != name], -own
+
+
+def in_words(expr: Sequence[tuple[int, Any]], constant: float) -> str:
+    """``a - b + 2``."""
+    terms = sorted(expr, key=lambda term: -term[0])
+    text = " ".join(f"{'+' if s > 0 else '-'} {name}" for s, name in terms)
+    number = f" {'+' if constant > 0 else '-'} {abs(constant):g}" if constant else ""
+    return text.removeprefix("+ ") + number
 
 
 def parse_constraint(source: Any, columns: Iterable[Any]) -> Parsed:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyroflows.tables.columns import Column
-from pyroflows.tables.constraints import Parsed, Relation, parse_constraint
+from pyroflows.tables.constraints import Parsed, Relation, in_words, parse_constraint
 from pyroflows.tables.infer import Numbers, find_step
 from pyroflows.tables.keys import suspicion
 from pyroflows.tables.storage import canonical
@@ -169,11 +169,12 @@ class Schema:
             raise ValueError(f"constraint {c.source!r}: {c.constant!r} is no number")
         offset = sum(s * _zero(self[n]) for s, n in expr) - _zero(column)
         constant = float(offset) - own * c.constant
+        words = in_words(expr, -own * c.constant)
         old = column.relation
         if old is None:
             equal, strict = c.op == "==", c.op == "<"
             sign = 1 if equal else sign
-            column.relation = Relation([expr], [constant], sign, equal, strict)
+            column.relation = Relation([expr], [constant], sign, equal, strict, words=[words])
         elif old.equal or c.op == "==" or old.sign != sign:
             raise ValueError(
                 f"constraint {c.source!r}: column {name!r} is bound by another one already; "
@@ -182,6 +183,7 @@ class Schema:
         else:
             old.exprs.append(expr)
             old.constants.append(constant)
+            old.words.append(words)
             old.strict = old.strict or c.op == "<"
 
     def _read(
