@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from torch import nn
 
@@ -202,17 +202,57 @@ def test_importance_weighted_bound_is_tighter():
     assert elbo < bound < 0.1
 
 
-def test_tempering_finds_the_modes_that_a_plain_fit_misses():
-    cold = diagnose(ring, fitted(ring, num_steps=150)[0])
-    warm_guide, _ = fitted(ring, temperature=30.0, num_steps=400)
-    warm = diagnose(ring, warm_guide)
-    assert not cold.ok and any("misses" in p for p in cold.problems)
-    assert abs(warm.weights.log_evidence) < 0.25
-    x = warm_guide.sample_posterior(4000)["x"]
-    share = (
-        torch.bincount((torch.atan2(x[:, 1], x[:, 0]) / (math.pi / 4)).round().long() % 8) / 4000
-    )
-    assert len(share) == 8 and (share > 0.02).sum() >= 7
+def test_several_modes_become_components_of_the_base():
+    """Eight overlapping modes on a ring, of equal mass."""
+    guide, result = fitted(ring, num_steps=60)
+    assert result.prefit.locs.shape == (8, 2)
+    assert abs(result.diagnostics.elbo) < 0.01
+    x = guide.sample_posterior(4000)["x"]
+    octant = (torch.atan2(x[:, 1], x[:, 0]) / (math.pi / 4)).round().long() % 8
+    share = torch.bincount(octant, minlength=8) / 4000
+    assert (share - 1 / 8).abs().max() < 4 * (7 / 64 / 4000) ** 0.5
+
+
+def test_modes_far_apart_and_of_unequal_mass():
+    """Two and one parts of the mass at a distance of forty standard deviations, searched for."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+        near, far = (dist.Normal(m, 0.5).log_prob(x) for m in (-10.0, 10.0))
+        pyro.factor("f", torch.logaddexp(near + math.log(2 / 3), far + math.log(1 / 3)))
+
+    guide, result = fitted(model, temperature=30.0, num_steps=40)
+    assert abs(result.diagnostics.elbo) < 0.01
+    x = guide.sample_posterior(4000)["x"]
+    assert (x > 0).float().mean().item() == pytest.approx(1 / 3, abs=4 * (2 / 9 / 4000) ** 0.5)
+    assert x.abs().mean().item() == pytest.approx(10.0, abs=0.05)
+    assert guide.median()["x"] < -8
+
+
+def test_both_labels_of_a_mixture_are_covered():
+    y = torch.cat([torch.randn(30) - 3, torch.randn(15) + 3])
+
+    def model(y):
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            k = pyro.sample("k", dist.Categorical(w), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(m[k], 1.0), obs=y)
+
+    guide, result = fitted(model, y, num_steps=60)
+    assert result.diagnostics.effective_sample_size > 0.9
+    draws = guide.sample_posterior(4000)
+    first = draws["m"][:, 0] > 0
+    assert first.float().mean().item() == pytest.approx(0.5, abs=0.04)
+    for switched in (first, ~first):  # the same posterior under either order of the labels
+        m = draws["m"][switched].mean(0).sort().values
+        assert (m - torch.tensor([y[:30].mean(), y[30:].mean()])).abs().max() < 0.1
+    assert (draws["w"][first, 0].mean() - draws["w"][~first, 1].mean()).abs() < 0.03
+    loaded = AutoFlow(model)  # the base travels
+    loaded.load_state_dict(guide.state_dict())
+    torch.testing.assert_close(loaded.log_prob(draws, y), guide.log_prob(draws, y))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), TraceEnum_ELBO(max_plate_nesting=1))
+    assert math.isfinite(svi.step(y))
 
 
 def test_forward_divergence_covers_every_mode():

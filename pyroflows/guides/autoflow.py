@@ -21,6 +21,7 @@ from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.local import LocalNormals
+from pyroflows.guides.mixture import Mixture, MixtureNoise
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
 from pyroflows.guides.saving import SavedGuide, is_subsampled
 from pyroflows.guides.supports import (
@@ -151,8 +152,10 @@ class AutoFlow(SavedGuide, AutoContinuous):
     # the posterior
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        """Standard normal noise, event shape ``(D,)``."""
-        loc = self._modules["transport"].loc
+        """The noise, event shape ``(D,)``: standard normal, or a mixture that a pre-fit found."""
+        loc, mixture = self._modules["transport"].loc, self._modules["transport"].mixture
+        if mixture is not None:
+            return MixtureNoise(mixture)
         held = self.__dict__.get("_base")
         if held is None or held[0] is not loc:
             unit = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
@@ -189,7 +192,8 @@ class AutoFlow(SavedGuide, AutoContinuous):
         """Distribution of the unconstrained latents, event shape ``(D,)``."""
         transform = self.get_transform(*args, **kwargs)
         vector, held = transform._parameters["vector"], self.__dict__.get("_posterior")
-        if held is None or held[0] is not vector or held[1] is not transform.loc:
+        mixed = transform.mixture is not None
+        if mixed or held is None or held[0] is not vector or held[1] is not transform.loc:
             made = FlowPosterior(self.get_base_dist(), [transform], validate_args=False)
             held = self.__dict__["_posterior"] = (vector, transform.loc, made)
         return held[2]
@@ -299,10 +303,19 @@ class AutoFlow(SavedGuide, AutoContinuous):
             model, args, kwargs, init_loc_fn=init, names=self._shared, centre=centre
         )
 
-    def place(self, gaussian: Gaussian) -> None:
-        """Start anew from a Gaussian: W and the location become its, A and f the identity."""
+    def place(self, found: Gaussian | Mixture) -> None:
+        """Start anew from a Gaussian: W and the location become its, A and f the identity.
+
+        Or from a mixture, whose components become those of the noise.
+        """
         transport = self._modules["transport"]
-        transport.whiten(gaussian.loc, gaussian.scale_tril)
+        if isinstance(found, Mixture):
+            loc, scale, noise = found.whitened()
+            transport.whiten(loc, scale)
+            transport.set_mixture(noise)
+        else:
+            transport.whiten(found.loc, found.scale_tril)
+            transport.set_mixture(None)
         D = self.latent_dim
         start = transport.initial.clone()
         start[len(transport.parts) + D : len(transport.parts) + 2 * D] = 0.0
@@ -416,9 +429,8 @@ class AutoFlow(SavedGuide, AutoContinuous):
         """Draws of u − μ, symmetric in z, so that symmetric posteriors have exact medians."""
         transport = self._modules["transport"]
         z = normal_points(2048, self.latent_dim, like=transport.loc)
-        v, _ = transport.from_base(
-            self._parameters["packed"], torch.cat([z, torch.zeros_like(z[:1]), -z])
-        )
+        z = torch.cat([z, torch.zeros_like(z[:1]), -z])
+        v, _ = transport.from_base(self._parameters["packed"], transport.noise(z))
         return transport.spread(v)
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -480,6 +492,8 @@ class FlowPosterior(dist.TransformedDistribution):
         base = self.base_dist.mean
         z = normal_points(2048, base.shape[-1], like=base)
         x = torch.cat([z, torch.zeros_like(z[:1]), -z])
+        if isinstance(self.base_dist, MixtureNoise):
+            x = self.base_dist.mixture.points(x)
         for transform in self.transforms:
             x = transform(x)
         mean = x.mean(0)

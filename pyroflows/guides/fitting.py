@@ -19,7 +19,8 @@ from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.checks import check_run, finite_start, model_keywords
 from pyroflows.guides.elbo import PathGradientELBO
 from pyroflows.guides.latent import LatentDensity
-from pyroflows.guides.prefit import Gaussian, normal_points, prefit
+from pyroflows.guides.mixture import Mixture, find_mixture
+from pyroflows.guides.prefit import Gaussian, Target, normal_points, prefit
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.schedule import BasePoints, GradientClipper, Schedule
@@ -31,7 +32,6 @@ __all__ = [
     "Schedule",
     "fit_guide",
     "leaves_of",
-    "standard_normal",
 ]
 
 _MOST_GRADIENTS = 50_000
@@ -43,7 +43,8 @@ class FitResult:
 
     Attributes:
         losses: Minus the ELBO of each step, in nats; NaN for a step without a finite particle.
-        prefit: The Gaussian from which the flow started, None if there was no pre-fit.
+        prefit: The Gaussian from which the flow started, or the mixture of several; None if there
+            was no pre-fit.
         candidates: All Gaussians that were considered.
         diagnostics: Summary of fresh importance weights after the fit.
         num_gradients: Evaluations of the model's gradient, pre-fit included.
@@ -57,7 +58,7 @@ class FitResult:
     """
 
     losses: list[float] = field(default_factory=list)
-    prefit: Gaussian | None = None
+    prefit: Gaussian | Mixture | None = None
     candidates: list[Gaussian] = field(default_factory=list)
     diagnostics: WeightSummary | None = None
     num_gradients: int = 0
@@ -261,28 +262,54 @@ def _begin(
         )
     for _ in range(3):  # again where it leaves the middle of the turn of an angle
         before = density.centre
-        _prefit(density, start, transport.full_rank, options, result)
-        result.prefit.loc = density.recentre(result.prefit.loc)
-        start = result.prefit.loc.to(start)
+        best = _prefit(density.frozen(), start, transport.full_rank, options, result)
+        best.loc = density.recentre(best.loc)
+        start = best.loc.to(start)
         moved = (density.centre - before)[density.circular].abs()
         if not (moved > 0.5).any():
             break
+    frozen, temperature = density.frozen(), options.temperature
+    target = Target(
+        frozen,
+        start.dtype,
+        max_gradients=min(10_000, options.max_gradients // 5),
+        deadline=_half(options.deadline),
+        batch_size=frozen.batch_size,
+    )
+    mixture = find_mixture(target, result.candidates, best.loc, search=temperature > 1.0)
+    result.num_gradients += target.num_gradients
+    result.prefit = best
+    if mixture is not None and mixture.elbo > best.elbo + 0.05:
+        result.prefit, options.temperature = mixture, 1.0  # the modes are there already
+    elif temperature != 1.0:
+        tempered = _Tempered(frozen, temperature)
+        result.prefit = _prefit(tempered, start, transport.full_rank, options, result)
     guide.place(result.prefit)
 
 
+def _half(deadline: float) -> float:
+    """Half of the time that is left until a deadline, as a deadline."""
+    now = time.monotonic()
+    return deadline if math.isinf(deadline) else now + max(0.0, deadline - now) / 2
+
+
 def _prefit(
-    density: LatentDensity, start: Tensor, full_rank: bool, options: Options, result: FitResult
-) -> None:
-    frozen, temperature = density.frozen(), options.temperature
-    left = options.deadline - time.monotonic()
-    result.prefit, result.candidates, used = prefit(
-        frozen if temperature == 1.0 else _Tempered(frozen, temperature),
+    log_density: LatentDensity | _Tempered,
+    start: Tensor,
+    full_rank: bool,
+    options: Options,
+    result: FitResult,
+) -> Gaussian:
+    left = _half(options.deadline) - time.monotonic()
+    best, result.candidates, used = prefit(
+        log_density,
         start,
         full_rank=full_rank,
         max_gradients=min(10_000, options.max_gradients // 5),
-        max_time=max(0.0, left / 2) if math.isfinite(left) else None,
+        max_time=left if math.isfinite(left) else None,
     )
     result.num_gradients += used
+    return best
 
 
 @dataclass
@@ -294,6 +321,7 @@ class _Tempered:
 
     @property
     def batch_size(self) -> int:
+        """That of the density."""
         return self.density.batch_size
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -356,11 +384,6 @@ class _State:
     def restore(self) -> None:
         for tensor, kept in zip(self.tensors, self.kept, strict=True):
             tensor.copy_(kept)
-
-
-def standard_normal(z: Tensor) -> Tensor:
-    """Log-density of independent standard normals; ``(*batch, D)`` to ``(*batch)``."""
-    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
 
 
 def _shares(log_weights: Tensor, iwae: bool, along_path: bool) -> Tensor:
@@ -435,7 +458,7 @@ class _FlowFit:
     def log_weights(self, num: int = 1024) -> Tensor:
         """Log p - log q at fixed base points; -inf outside. Minibatches: eight fixed ones."""
         transport = self.transport
-        z = normal_points(num, self.density.dim, like=transport.loc, seed=1)
+        z = transport.noise(normal_points(num, self.density.dim, like=transport.loc, seed=1))
         v, log_det = transport.from_base(self.packed, z)
         u = transport.loc + transport.spread(v)
         if self.density.stochastic:
@@ -443,7 +466,7 @@ class _FlowFit:
             log_p = torch.cat(parts)
         else:
             log_p = self.density(u)
-        log_q = standard_normal(z) - log_det - transport.log_det_scale
+        log_q = transport.log_noise(z) - log_det - transport.log_det_scale
         return torch.where(log_p.isfinite(), log_p, -math.inf) - log_q
 
     def is_worse(self, after: Tensor, before: Tensor) -> bool:
@@ -477,7 +500,7 @@ class _FlowFit:
                 break
             heat = options.temperature ** (1 - step / num_anneal) if step < num_anneal else 1.0
             self.optimizer.zero_grad()
-            usable = self.gradient(points.draw(), factor, heat)
+            usable = self.gradient(self.transport.noise(points.draw()), factor, heat)
             schedule.see(result.losses)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
@@ -496,13 +519,13 @@ class _FlowFit:
         v_leaf = v.detach().requires_grad_()
         along_path = factor < self.path_below or (iwae and self.path_below > 0)
         log_p = self.density(transport.loc + transport.spread(v_leaf)) / heat
-        log_q = standard_normal(z) - log_det.detach()
+        log_q = transport.log_noise(z) - log_det.detach()
         lw = log_p.detach() - log_q
         inside = lw.isfinite()
         ok = inside
         if along_path:
             z_back, log_det_back = transport.to_base(vector.detach(), v_leaf)
-            log_q = standard_normal(z_back) + log_det_back
+            log_q = transport.log_noise(z_back) + log_det_back
             # where rounding spoils the inverse, the gradient is not to be trusted
             ok = ok & ((log_det_back + log_det).abs() < 0.1)
         share = _shares(lw.where(ok, -math.inf), iwae, along_path)
@@ -537,7 +560,7 @@ class _FlowFit:
             = -\tfrac{q(\text{outside})}{q(\text{inside})} E_q[\nabla\log q \mid \text{outside}]
         """
         z, log_det = self.transport.to_base(torch.cat(self.leaves[:2]), outside)
-        log_q = standard_normal(z) + log_det
+        log_q = self.transport.log_noise(z) + log_det
         log_q = log_q[log_q.detach().isfinite()]
         if len(log_q):
             (log_q.sum() / num_inside).backward()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.checks import model_keywords
-from pyroflows.guides.fitting import FitResult, leaves_of, standard_normal
+from pyroflows.guides.fitting import FitResult, leaves_of
 from pyroflows.guides.prefit import Gaussian
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.schedule import GradientClipper, Schedule
@@ -97,7 +97,9 @@ def fit_guide_to_draws(
 
         def loss_of(vector: Tensor, index: Tensor) -> Tensor:
             z, log_det = transport.to_base(vector, v[index])
-            return -(w[index] * (standard_normal(z) + log_det - constant)).sum() / w[index].sum()
+            return (
+                -(w[index] * (transport.log_noise(z) + log_det - constant)).sum() / w[index].sum()
+            )
 
         order = torch.randperm(len(u), device=u.device)
         kept = int(held_out * len(u))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Gaussian", "batch_and_match", "laplace", "prefit"]
+__all__ = ["Gaussian", "batch_and_match", "climb", "laplace", "prefit"]
 
 
 def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
@@ -450,8 +450,9 @@ def prefit(
         start = Gaussian(loc, torch.eye(len(loc)).to(loc), method="initial point")
         candidates.consider(lambda: start)
         candidates.consider(batch_and_match, target, start, **fit)
-        modes = _modes(target, loc, num_starts, candidates)
-        _around_modes(candidates, modes, num_modes, fit)
+        spread = 2 * torch.tanh(normal_points(num_starts, len(loc), like=loc, seed=1))
+        starts = loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]])
+        _around_modes(candidates, climb(target, starts), num_modes, fit)
     else:
         start = Gaussian(loc, torch.ones_like(loc), method="initial point")
         candidates.consider(lambda: start)
@@ -464,18 +465,13 @@ def prefit(
     return candidates.best(), candidates.found, target.num_gradients
 
 
-def _modes(
-    target: Target, loc: Tensor, num_starts: int, candidates: _Candidates
-) -> Iterable[Tensor]:
-    """Points that BFGS climbs to from ``loc`` and from around it, the highest first."""
-    spread = 2 * torch.tanh(normal_points(num_starts, len(loc), like=loc, seed=1))
-    starts = loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]])
+def climb(target: Target, starts: Tensor) -> list[Tensor]:
+    """Points that BFGS climbs to from ``starts``, ``(K, D)``, the highest first; or none."""
     if target.spent:
         return []
     try:
         modes, log_p = _bfgs(target, starts)
-    except (RuntimeError, ValueError, ArithmeticError) as error:
-        candidates.failures.append(error)
+    except (RuntimeError, ValueError, ArithmeticError):  # a candidate less
         return []
     order = log_p.nan_to_num(-math.inf, posinf=-math.inf).argsort(descending=True)
     return [modes[i] for i in order if modes[i].isfinite().all()]

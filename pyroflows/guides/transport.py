@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyroflows.bijection import Bijection, Compose
 from pyroflows.conditioners import Dense, Free
+from pyroflows.guides.mixture import Mixture
 from pyroflows.scalar import Affine, Params, ScalarMap
 from pyroflows.splines import RationalQuadratic
 from pyroflows.transforms.coupling import Coupling
@@ -196,6 +198,8 @@ class Transport(Bijection):
             torch.tril_indices(D, D, -1) if full_rank else torch.zeros(2, 0, dtype=torch.long)
         )
         self.register_buffer("below", (rows * D + cols).to(loc.device), persistent=False)
+        for name, shape in self._no_mixture(D).items():
+            self.register_buffer(name, loc.new_zeros(shape))
         zeros, log_diag = torch.zeros_like(loc), torch.full_like(loc, math.log(init_scale))
         self.initial = torch.cat(
             [
@@ -205,6 +209,59 @@ class Transport(Bijection):
                 loc.new_zeros(len(rows)),
             ]
         )
+
+    # ------------------------------------------------------------------------- the base
+
+    @staticmethod
+    def _no_mixture(dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the buffers of a mixture of no components: the base is standard normal."""
+        return {"base_weights": (0,), "base_locs": (0, dim), "base_scales": (0, dim, dim)}
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The mixture from which the noise comes; None for the standard normal."""
+        buffers = self._buffers
+        locs = buffers["base_locs"]
+        if locs is None or not len(locs):
+            return None
+        weights, scales = buffers["base_weights"], buffers["base_scales"]
+        return Mixture(cast(Tensor, weights), locs, cast(Tensor, scales))
+
+    def set_mixture(self, mixture: Mixture | None) -> None:
+        """Let the noise come from a mixture, or from the standard normal."""
+        if mixture is None:
+            shapes = self._no_mixture(len(self.loc))
+            values = {name: self.loc.new_zeros(shape) for name, shape in shapes.items()}
+        else:
+            parts = (mixture.log_weights, mixture.locs, mixture.scale_trils)
+            values = dict(zip(self._no_mixture(0), parts, strict=True))
+        for name, value in values.items():
+            self._buffers[name] = value.to(self.loc)
+
+    def noise(self, points: Tensor) -> Tensor:
+        """Draws of the base from standard normal ``points``, ``(S, D)``."""
+        mixture = self.mixture
+        return points if mixture is None else mixture.points(points)
+
+    def log_noise(self, z: Tensor) -> Tensor:
+        """Log-density of the base, ``(*batch, D)`` to ``(*batch)``."""
+        mixture = self.mixture
+        if mixture is not None:
+            return mixture.log_prob(z)
+        return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A mixture has as many components as the file says; older files know of none."""
+        for name in self._no_mixture(0):
+            held = self._buffers[name]
+            found = state_dict.setdefault(prefix + name, held)
+            if found.shape != held.shape:
+                self._buffers[name] = held.new_zeros(found.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # ------------------------------------------------------------------------- the map
 
     def whiten(self, loc: Tensor, scale: Tensor) -> None:
         """Set the buffers to a Gaussian; ``scale`` is ``(D, D)`` lower triangular, or ``(D,)``."""
