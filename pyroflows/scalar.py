@@ -11,13 +11,24 @@ the identity at θ = 0 and takes the dtype and device of its inputs. Splines, wh
 in :mod:`pyroflows.splines` under the same contract.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Affine", "Params", "ScalarMap", "Scale", "Shift"]
+__all__ = [
+    "Affine",
+    "Params",
+    "PerFeature",
+    "ScalarMap",
+    "Scale",
+    "Shift",
+    "map_of_feature",
+    "maps_of_part",
+]
 
 Params = Tensor | tuple[Tensor, ...]
 
@@ -131,3 +142,140 @@ class Scale(_Scaling):
         s = self._log_scale(params[0], -1)
         x = y * s.exp()
         return x, s.expand_as(x)
+
+
+@dataclass(frozen=True)
+class PerFeature:
+    """A scalar map of its own for every feature, so that columns of several kinds share a layer.
+
+    Serves every scheme: elementwise, coupling and autoregressive. Each feature takes the first of
+    the parameters, as many as its map has; each distinct map is evaluated once, on all its
+    features. The identity at θ = 0::
+
+        wide, free = RationalQuadratic(16, bound=1.0), Affine()
+        spread = autoregressive(PerFeature([wide, free, free]), 3)
+
+    Args:
+        maps: One for each feature along ``dim``. Where a coupling moves a part of the features,
+            its factory takes the maps of all, and picks.
+        dim: Negative axis of the features.
+
+    Raises:
+        ValueError: If there are no maps, or ``dim`` is not negative, or (when called) the value
+            has another number of features.
+    """
+
+    maps: Sequence[ScalarMap]
+    dim: int = -1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "maps", tuple(self.maps))
+        if not self.maps:
+            raise ValueError("PerFeature needs at least one map; got none")
+        if self.dim >= 0:
+            raise ValueError(f"PerFeature: dim must be negative; got {self.dim}")
+
+    @property
+    def num_params(self) -> int:
+        """The most that one of the maps takes."""
+        return max(m.num_params for m in self.maps)
+
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Return y and log|dy/dx|, both of x's shape."""
+        return self._move(x, params, inverse=False)
+
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Return x and log|dx/dy|, both of y's shape."""
+        return self._move(y, params, inverse=True)
+
+    @cached_property
+    def _runs(self) -> list[tuple[ScalarMap, list[tuple[int, int]]]]:
+        """Each distinct map, and where its features begin and how many follow each other."""
+        runs: list[tuple[ScalarMap, list[tuple[int, int]]]] = []
+        for i, scalar in enumerate(self.maps):
+            mine = next((places for other, places in runs if other == scalar), None)
+            if mine is None:
+                runs.append((scalar, [(i, 1)]))
+            elif sum(mine[-1]) == i:
+                mine[-1] = (mine[-1][0], mine[-1][1] + 1)
+            else:
+                mine.append((i, 1))
+        return runs
+
+    def _move(self, value: Tensor, params: Params, inverse: bool) -> tuple[Tensor, Tensor]:
+        if value.shape[self.dim] != len(self.maps):
+            raise ValueError(
+                f"PerFeature has {len(self.maps)} maps for the features along dim {self.dim}; "
+                f"got values of shape {tuple(value.shape)}"
+            )
+        pieces: dict[int, tuple[Tensor, Tensor]] = {}
+        for scalar, places in self._runs:
+            mine = params[: scalar.num_params]
+            move = scalar.inverse if inverse else scalar.forward
+            theta: Params = (
+                self._pick(mine, places)
+                if isinstance(mine, Tensor)
+                else tuple(self._pick(p, places) for p in mine)
+            )
+            moved = move(self._pick(value, places), theta)
+            sizes = [size for _, size in places]
+            parts = zip(*(m.split(sizes, self.dim) for m in moved), strict=True)
+            pieces.update(zip((begin for begin, _ in places), parts, strict=True))
+        outs, log_slopes = zip(*(pieces[begin] for begin in sorted(pieces)), strict=True)
+        return torch.cat(outs, self.dim), torch.cat(log_slopes, self.dim)
+
+    def _pick(self, tensor: Tensor, places: list[tuple[int, int]]) -> Tensor:
+        found = [tensor.narrow(self.dim, begin, size) for begin, size in places]
+        return found[0] if len(found) == 1 else torch.cat(found, self.dim)
+
+
+@dataclass(frozen=True)
+class _First:
+    """A map that takes the first of more parameters than it has."""
+
+    scalar: ScalarMap
+
+    @property
+    def num_params(self) -> int:
+        return self.scalar.num_params
+
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        return self.scalar.forward(x, params[: self.num_params])
+
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        return self.scalar.inverse(y, params[: self.num_params])
+
+
+def map_of_feature(scalar: ScalarMap, feature: int) -> ScalarMap:
+    """Return the map of a single feature, for values that hold no other."""
+    return _First(scalar.maps[feature]) if isinstance(scalar, PerFeature) else scalar
+
+
+def maps_of_part(
+    scalar: ScalarMap,
+    event_shape: Sequence[int],
+    moved: Sequence[bool] | None = None,
+    dim: int = -1,
+) -> ScalarMap:
+    """Return the map of the entries of an event that move.
+
+    Args:
+        scalar: The map, or the maps of all features.
+        event_shape: Shape of the whole event.
+        moved: Which entries along ``dim`` move; all if None.
+        dim: Negative axis.
+
+    Raises:
+        ValueError: If there are not as many maps as features.
+    """
+    if not isinstance(scalar, PerFeature):
+        return scalar
+    count, axis = len(scalar.maps), scalar.dim
+    if -axis > len(event_shape) or event_shape[axis] != count:
+        raise ValueError(
+            f"PerFeature has {count} maps for the features along dim {axis}; the event has the "
+            f"shape {tuple(event_shape)}"
+        )
+    if moved is None or axis != dim:
+        return scalar
+    return PerFeature([m for m, yes in zip(scalar.maps, moved, strict=True) if yes], dim)

@@ -11,6 +11,8 @@ from torch import nn
 
 import pyroflows.transforms as T
 from pyroflows.bijection import Bijection, Compose
+from pyroflows.scalar import Affine, PerFeature, Shift
+from pyroflows.splines import LinearRational, RationalQuadratic
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ ADJACENCY = [
     [0, 0, 0, 1, 0],
     [0, 1, 0, 0, 1],
 ]
+
+# free, bounded and shifted features side by side, equal ones apart from each other
+MAPS = PerFeature([Affine(), RationalQuadratic(4), Affine(), Shift(), RationalQuadratic(4)])
 
 CASES: dict[str, Case] = {
     "additive_coupling": Case(lambda c: T.additive_coupling(5, [8], context_dim=c), (5,)),
@@ -90,6 +95,19 @@ CASES: dict[str, Case] = {
     ),
     "spline": Case(lambda c: T.spline(3, [8], context_dim=c), (3,)),
     "spline_linear": Case(lambda c: T.spline(3, [8], order="linear", context_dim=c), (3,)),
+    "coupling_per_feature": Case(
+        lambda c: T.coupling(MAPS, 5, [8], mask=[True, True, False, True, True], context_dim=c),
+        (5,),
+    ),
+    "autoregressive_per_feature": Case(
+        lambda c: T.autoregressive(MAPS, 5, [8], permutation=PERMUTATION, context_dim=c), (5,)
+    ),
+    "elementwise_per_feature": Case(
+        lambda c: T.elementwise(
+            PerFeature([Affine(), LinearRational(4)], dim=-2), (2, 3), context_dim=c
+        ),
+        (2, 3),
+    ),
     "elementwise_affine": Case(lambda c: T.elementwise_affine(3, [8], context_dim=c), (3,)),
     "elementwise_scale": Case(lambda c: T.elementwise_scale((2, 2), [8], context_dim=c), (2, 2)),
     "permute": Case(

@@ -58,7 +58,7 @@ def module(name, context_dim, inverse):
     return Both(t, inverse), *inputs
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", [name for name in CASES if name != "sylvester"])
 @both_ways
 @quiet
 def test_traced_and_saved(name, inverse):
@@ -131,7 +131,7 @@ def test_compiled_and_exported_in_every_kind(name, inverse):
 @pytest.mark.parametrize("recipe", [realnvp, maf])
 @quiet
 def test_a_flow_is_exported_in_both_directions(recipe):
-    flow = recipe(3, context_dim=2)
+    flow = recipe(3, context_dim=2, num_transforms=2, hidden_dims=[8])
     x, context = torch.randn(6, 3), torch.randn(6, 2)
     with torch.no_grad():
         for parameter in flow.parameters():

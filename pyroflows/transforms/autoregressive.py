@@ -12,7 +12,7 @@ from torch import Tensor
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Masked
 from pyroflows.conditioners.masked import check_adjacency
-from pyroflows.scalar import Affine, ScalarMap
+from pyroflows.scalar import Affine, ScalarMap, map_of_feature, maps_of_part
 from pyroflows.transforms._factories import conditional, spline_map
 from pyroflows.transforms.elementwise import Elementwise, elementwise
 
@@ -71,7 +71,8 @@ class Autoregressive(Bijection):
         sequence = self.conditioner.sequential(y.shape[:-1], context)
         x, log_slopes = list(columns), []
         for i in sequence.order:
-            x[i], log_slope = self.scalar.inverse(columns[i], sequence.params())
+            scalar = map_of_feature(self.scalar, i)
+            x[i], log_slope = scalar.inverse(columns[i], sequence.params())
             sequence.push(x[i])
             log_slopes.append(log_slope)
         return torch.stack(x, -1), torch.stack(log_slopes).sum(0)
@@ -115,6 +116,7 @@ def autoregressive(
         check_adjacency(adjacency, 1)
     if input_dim == 1:
         return elementwise(scalar, 1, context_dim=context_dim, hidden_dims=hidden_dims, **network)
+    scalar = maps_of_part(scalar, [input_dim])
     conditioner = Masked(
         input_dim,
         scalar.num_params,

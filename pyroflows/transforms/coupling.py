@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Dense, default_hidden_dims
 from pyroflows.memory import Twin
-from pyroflows.scalar import Affine, ScalarMap, Shift
+from pyroflows.scalar import Affine, ScalarMap, Shift, maps_of_part
 from pyroflows.transforms._factories import conditional, spline_map
 from pyroflows.transforms.elementwise import Elementwise, elementwise
 
@@ -220,6 +220,7 @@ def coupling(
         raise ValueError(f"mask must move some entries and keep some; got {mask.tolist()}")
     if hidden_dims is None:
         hidden_dims = default_hidden_dims(math.prod(event_shape), context_dim)
+    scalar = maps_of_part(scalar, event_shape, mask.tolist(), dim)
     moved = int(mask.sum())
     conditioner = Dense(
         [n - moved, *rest],

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Free
-from pyroflows.scalar import Affine, ScalarMap, Scale
+from pyroflows.scalar import Affine, ScalarMap, Scale, maps_of_part
 from pyroflows.transforms._factories import conditional, spline_map
 
 __all__ = [
@@ -94,6 +94,7 @@ def elementwise(
     event_shape = [input_dim] if isinstance(input_dim, int) else list(input_dim)
     if min(event_shape) < 1:
         raise ValueError(f"input_dim must be positive; got {input_dim}")
+    scalar = maps_of_part(scalar, event_shape)
     conditioner = Free(
         scalar.num_params, event_shape, context_dim=context_dim, hidden_dims=hidden_dims, **network
     )

@@ -11,7 +11,7 @@ from torch.distributions.utils import _sum_rightmost
 
 from pyroflows.bijection import Bijection, Compose, as_bijection
 from pyroflows.conditioners import Conv
-from pyroflows.scalar import Affine, ScalarMap
+from pyroflows.scalar import Affine, ScalarMap, maps_of_part
 from pyroflows.transforms._common import Along
 from pyroflows.transforms._factories import conditional
 from pyroflows.transforms.coupling import Coupling, half_mask
@@ -230,6 +230,7 @@ def conv_coupling(
     if mask.shape != (channels,):
         raise ValueError(f"mask must have shape ({channels},); got {tuple(mask.shape)}")
     scalar = Affine(2.0) if scalar is None else scalar
+    scalar = maps_of_part(scalar, [channels, 0, 0], mask.tolist(), -3)
     moved = int(mask.sum())
     conditioner = Conv(
         channels - moved,
