@@ -6,6 +6,7 @@ Being modules, they move with ``.to()``, are saved with ``state_dict`` and may l
 are buffers, since Pyro warns about frozen parameters.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -245,7 +246,17 @@ class _Fixed(Base):
         self.constants = Constants(distribution)
 
     def forward(self, context: Tensor | None = None) -> Distribution:
-        return self.constants.bind()
+        bound: Distribution = self.constants.bind()
+        # what holds a draw is that draw's alone
+        return _twin(bound) if "_substituted" in vars(self.constants) else bound
+
+
+def _twin(distribution: Distribution) -> Distribution:
+    new = copy.copy(distribution)
+    for name, value in list(vars(new).items()):
+        if isinstance(value, Distribution):
+            vars(new)[name] = _twin(value)
+    return new
 
 
 def as_base(base: int | Distribution | nn.Module) -> nn.Module:

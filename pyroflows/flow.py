@@ -15,6 +15,7 @@ from pyroflows import store, univariate
 from pyroflows.bases import Base, as_base, temper
 from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
 from pyroflows.divergence import entropy, kl_divergence, register_kl_of
+from pyroflows.substitution import draws_of, substituted
 from pyroflows.supports import Bounds, is_real, over
 from pyroflows.transforms.standardization import Standardized
 
@@ -186,18 +187,25 @@ class Flow(PyroModule):
             ValueError: If a context is missing, of the wrong size, or not expected.
             RuntimeError: If another flow already registered the same name in the param store.
         """
-        if am_i_wrapped():
-            self._register()
-        return self.distribution(context)
+        values = self._register() if am_i_wrapped() else {}
+        seen: Flow = substituted(self, values, draws_of(self))
+        return seen._made(context)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """Return the distribution without telling Pyro.
 
-        Arguments and errors as in :meth:`forward`.
+        Arguments and errors as in :meth:`forward`. Weights with a prior (``PyroSample``) are drawn
+        for this distribution, as sites of a model that is being run.
         """
-        context = self.embed(context)
         if not torch.compiler.is_compiling() and store.is_loaded(self._store_name):
             store.claim(self._store_name, self)  # also outside of inference
+        if any(inner.__dict__.get("_pyro_samples") for inner in self.modules()):
+            with self.__dict__["_pyro_context"]:
+                return substituted(self, {}, draws_of(self))._made(context)
+        return self._made(context)
+
+    def _made(self, context: Tensor | None) -> FlowDistribution:
+        context = self.embed(context)
         base, transform = self._parts()
         make = base.distribution if isinstance(base, Flow) else base
         if getattr(base, "context_dim", 0):
@@ -431,11 +439,12 @@ class Flow(PyroModule):
         """Base and transform, past PyroModule's attributes, which tell Pyro of each access."""
         return self._modules["base"], self._modules["transform"]
 
-    def _register(self) -> None:
+    def _register(self) -> dict[Tensor, Tensor]:
+        """Tell Pyro of the parameters; return what a handler put in the place of some."""
         if pyro.settings.get("module_local_params"):
             _ = [getattr(self, name) for name in list(self._modules)]  # PyroModule's own way
-            return
-        store.register(self._store_name, self)
+            return {}
+        return store.register(self._store_name, self)
 
     @property
     def _store_name(self) -> str:

@@ -93,14 +93,20 @@ def claim(
     return mine.params
 
 
-def register(name: str, module: nn.Module, *, whole: bool = True, inherit: bool = True) -> None:
+def register(
+    name: str, module: nn.Module, *, whole: bool = True, inherit: bool = True
+) -> dict[Tensor, Tensor]:
     """Claim the name, and tell Pyro of every parameter that is trained.
 
     ``pyro.module`` that also keeps buffers and does not warn about frozen parameters. Arguments
     and errors as in :func:`claim`.
+
+    Returns:
+        For each parameter that a handler, such as ``poutine.lift``, replaced: its value.
     """
-    for key, parameter in claim(name, module, whole=whole, inherit=inherit).items():
-        pyro.param(key, parameter)
+    params = claim(name, module, whole=whole, inherit=inherit)
+    values = {p: pyro.param(key, p) for key, p in params.items()}
+    return {p: value for p, value in values.items() if value is not p}
 
 
 def is_loaded(name: str) -> bool:

@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "scalar": 0, "splines": 0, "numerics": 0, "perceptron": 0, "memory": 0,
     "bijection": 1, "conditioners": 1, "store": 1, "constants": 1, "supports": 1,
+    "substitution": 1,
     "transforms": 2, "bases": 2,
     "flow": 3, "dequantization": 3, "divergence": 3, "univariate": 3,
     "recipes": 4, "training": 4,

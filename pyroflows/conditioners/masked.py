@@ -308,6 +308,8 @@ class _Rows:
 
     def append(self, block: Tensor) -> None:
         end = self.count + len(block)
+        if type(block) is not Tensor:  # a buffer would lose what a subclass knows
+            self.buffer = None
         if self.buffer is None:
             self.whole = torch.cat([self.whole, block]) if self.count else block
         else:
