@@ -2,14 +2,17 @@
 
 PyTorch multiplies float32 matrices with MKL, which leaves half of some processors unused (AVX-512
 on AMD's); oneDNN does not, and PyTorch's compiler reaches it by the operator
-``mkldnn::_linear_pointwise``. Where that operator is absent, disagrees with the plain product or
-does not apply (other devices and dtypes, small products), the plain product is used.
+``mkldnn::_linear_pointwise``. On other processors it is the slower one, so both are tried at the
+first large product. Where that operator is absent, disagrees with the plain product, gains nothing
+or does not apply (other devices and dtypes, small products), the plain product is used.
 
 The gradient is written out. Second derivatives, batches of gradients, torch.func transforms,
 forward-mode differentiation, torch.compile and autocast go by the plain formula.
 """
 
 import functools
+import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,21 +142,27 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
         a.shape[0] * b.shape[0] * b.shape[1] >= _WORTH_IT
         and a.dtype == torch.float32
         and a.device.type == b.device.type == "cpu"
-        and _onednn_works()
+        and _onednn_pays()
     )
 
 
 @functools.cache
-def _onednn_works() -> bool:
-    """Try the operator once, on the layouts it is used with."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4) - 5
+def _onednn_pays() -> bool:
+    """Try the operator once: whether it is right on the layouts used, and clearly faster.
+
+    Clearly, so that noise does not decide and a seed gives one result on one machine. Costs some
+    milliseconds.
+    """
+    return torch.backends.mkldnn.is_available() and _onednn_is_right() and _gain() > 1.2
+
+
+def _onednn_is_right() -> bool:
+    a, b = _counted(2, 3), _counted(3, 4) - 0.5
     expected = a @ b
     try:
         operator = torch.ops.mkldnn._linear_pointwise
         found = [
-            operator(a, b.t(), torch.ones(4), "none", [], ""),
+            operator(a, b.t(), torch.ones_like(b[0]), "none", [], ""),
             operator(a, b.t().contiguous(), None, "none", [], ""),
             operator(a.t().contiguous().t(), b.t(), None, "none", [], ""),
         ]
@@ -161,3 +170,33 @@ def _onednn_works() -> bool:
         return False
     wanted = [expected + 1, expected, expected]
     return all(torch.allclose(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+@torch.no_grad()
+def _gain() -> float:
+    """How many times faster oneDNN makes the products of a layer's forward and backward pass."""
+    x, weight, bias = _counted(512, 128), _counted(128, 128), _counted(128)
+    operator = torch.ops.mkldnn._linear_pointwise
+
+    def by_onednn() -> None:
+        operator(x, weight.t(), bias, "none", [], "")
+        operator(x, weight, None, "none", [], "")
+        operator(x.t(), x.t(), None, "none", [], "")
+
+    def by_mkl() -> None:
+        torch.addmm(bias, x, weight)
+        torch.mm(x, weight.t())
+        torch.mm(x.t(), x)
+
+    best = {by_onednn: math.inf, by_mkl: math.inf}
+    for _ in range(10):  # alternating; the fastest of each is the least disturbed
+        for products in best:
+            start = time.perf_counter()
+            products()
+            best[products] = min(best[products], time.perf_counter() - start)
+    return best[by_mkl] / best[by_onednn]
+
+
+def _counted(*shape: int) -> Tensor:
+    count = torch.arange(math.prod(shape), dtype=torch.float32, device="cpu")
+    return count.view(shape) / count.numel()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyroflows.perceptron import _onednn_works, _plain, perceptron
+from pyroflows.perceptron import _gain, _onednn_is_right, _onednn_pays, _plain, perceptron
 
 DIMS = {"small": (5, [3, 8, 6, 4]), "large": (200, [7, 64, 64, 33])}
 
@@ -105,13 +105,30 @@ def test_tiny_batches(batch):
     assert x.grad.shape == x.shape
 
 
-def test_without_onednn_the_numbers_are_the_same(monkeypatch):
+def test_with_and_without_onednn_the_numbers_are_the_same(monkeypatch):
     inputs, fused, _ = problem("large", "rows", torch.float32)
-    first = torch.autograd.grad(fused(*inputs).square().sum(), inputs)
-    monkeypatch.setattr("pyroflows.perceptron._onednn_works", lambda: False)
-    second = torch.autograd.grad(fused(*inputs).square().sum(), inputs)
-    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+    found = []
+    for pays in (True, False):
+        monkeypatch.setattr("pyroflows.perceptron._onednn_pays", lambda p=pays: p)
+        found.append(torch.autograd.grad(fused(*inputs).square().sum(), inputs))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_onednn_is_tried_where_it_is_built_in():
-    assert isinstance(_onednn_works(), bool)
+@pytest.mark.parametrize("gain, pays", [(0.9, False), (1.1, False), (1.5, True)])
+def test_onednn_is_taken_where_it_is_clearly_faster(monkeypatch, gain, pays):
+    monkeypatch.setattr("pyroflows.perceptron._gain", lambda: gain)
+    assert _onednn_pays.__wrapped__() is (pays and torch.backends.mkldnn.is_available())
+
+
+def test_the_trial_is_right_and_leaves_no_trace():
+    state = torch.get_rng_state()
+    assert 0.01 < _gain() < 100
+    assert _onednn_is_right() or not torch.backends.mkldnn.is_available()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert _onednn_is_right() or not torch.backends.mkldnn.is_available()
+            assert _gain() > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
