@@ -593,3 +593,64 @@ def test_delta_part_beside_a_flow():
     guide.append(AutoDelta(poutine.block(three, expose=["x"])))
     guide.append(AutoFlow(poutine.block(three, hide=["x"])))
     assert set(guide()) == {"x", "y", "z"}
+
+
+# ------------------------------------------------------------------------------- supports
+
+SUPPORTS = {
+    "real": (constraints.real, ()),
+    "real of one": (constraints.real, (1,)),
+    "positive": (constraints.positive, ()),
+    "nonnegative": (constraints.nonnegative, ()),
+    "softplus": (constraints.softplus_positive, ()),
+    "unit": (constraints.unit_interval, ()),
+    "interval": (constraints.interval(torch.tensor(-2.0), 3.0), ()),
+    "half open": (constraints.half_open_interval(0.0, 2.0), ()),
+    "above": (constraints.greater_than(1.0), ()),
+    "below": (constraints.less_than(1.0), ()),
+    "simplex": (constraints.simplex, (4,)),
+    "correlation factor": (constraints.corr_cholesky, (3, 3)),
+    "correlation": (constraints.corr_matrix, (3, 3)),
+    "ordered": (constraints.ordered_vector, (3,)),
+    "positive ordered": (constraints.positive_ordered_vector, (3,)),
+    "independent": (constraints.independent(constraints.positive, 1), (2,)),
+    "stack": (constraints.stack([constraints.positive, constraints.unit_interval], dim=-1), (2,)),
+    "cat": (
+        constraints.cat([constraints.positive, constraints.real], dim=-1, lengths=[2, 1]),
+        (3,),
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2,)])
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_draws_lie_in_the_support_and_have_their_density(name, batch):
+    support, event = SUPPORTS[name]
+
+    def model():
+        with pyro.plate_stack("plates", batch):
+            pyro.sample("x", dist.ImproperUniform(support, (), event))
+
+    guide = perturbed(AutoFlow(model))
+    draws = guide.sample_posterior(50)["x"]
+    assert draws.shape == (50, *batch, *event) and support.check(draws).all()
+    with pyro.plate("particles", 4, dim=-2):
+        trace = poutine.trace(guide).get_trace()
+    value = trace.nodes["x"]["value"].reshape(4, *batch, *event)
+    trace.compute_log_prob()
+    log_q = trace.nodes["_AutoFlow_latent"]["log_prob"].reshape(4)
+    log_q = log_q + trace.nodes["x"]["log_prob"].reshape(4, -1).sum(-1)
+    torch.testing.assert_close(guide.log_prob({"x": value}), log_q, atol=1e-2, rtol=1e-3)
+    if not event and not batch:  # it integrates to one
+        u = torch.linspace(-4.0, 4.0, 4001)
+        x = torch.distributions.biject_to(support)(u).sort().values
+        total = torch.trapezoid(guide.log_prob({"x": x}).exp(), x)
+        torch.testing.assert_close(total, torch.tensor(1.0), atol=2e-3, rtol=0)
+
+
+def test_supports_without_a_bijection_are_named():
+    def model():
+        pyro.sample("factor", dist.ImproperUniform(constraints.lower_cholesky, (), (3, 3)))
+
+    with pytest.raises(NotImplementedError, match="'factor'.*no bijection"):
+        AutoFlow(model).setup()

@@ -75,6 +75,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
         arXiv:1606.04934
     """
 
+    local: Any  #: the :class:`LocalNormals` of subsampled plates, or None
     _functions = (*SavedGuide._functions, "_flow")
 
     def __init__(
@@ -407,7 +408,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
         }
         parts = [[origins[name] for name in flat] for origins in self._origins(flat, args, kwargs)]
         u = torch.cat([torch.cat([part for part, _ in row], -1) for row in parts])
-        log_det = torch.cat([sum(d for _, d in row) for row in parts])
+        log_det = torch.cat([torch.stack([d for _, d in row]).sum(0) for row in parts])
         return u.reshape(*batch, -1), log_det.reshape(batch)
 
     def _origins(

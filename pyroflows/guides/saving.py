@@ -43,6 +43,7 @@ class SavedGuide(AutoGuide):
         name: Name in Pyro's parameter store; that of the class if None.
     """
 
+    prototype_trace: Any
     _init_loc_fn: Callable
     _pending_state: dict[str, Any] | None
     _functions: tuple[str, ...] = ("_init_loc_fn", "create_plates")  #: what a pickle may lose
@@ -57,7 +58,7 @@ class SavedGuide(AutoGuide):
     ) -> None:
         teach_divergence()
         AutoGuide.__init__(self, model, create_plates=create_plates)
-        self._pyro_name = name or self._pyro_name
+        self._pyro_name: str = name or self._pyro_name
         self._init_loc_fn, self._pending_state = init_loc_fn, None
         self._plate_sizes: dict[Any, dict[str, _Plate]] = {}
         self.attach(model)
@@ -119,7 +120,7 @@ class SavedGuide(AutoGuide):
                 self.load_state_dict(state)
         if pyro.settings.get("module_local_params"):
             for parameter in self.parameters():  # Pyro asks for it, of its own parameters only
-                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+                parameter.unconstrained = weakref.ref(parameter)
         self._adopt()
         return self
 
@@ -152,8 +153,7 @@ class SavedGuide(AutoGuide):
                     f"init_loc_fn gave site '{name}' a value of shape {tuple(value.shape)}; "
                     f"expected {tuple(fn.shape())}"
                 )
-            with helpful_support_errors(site):
-                transform = biject_to(fn.support)
+            transform = _bijection(site)
             again = transform(transform.inv(value))
             if not torch.allclose(again, value, rtol=1e-2, atol=1e-2):
                 raise ValueError(
@@ -306,6 +306,19 @@ def is_subsampled(site: Mapping[str, Any]) -> bool:
     return any(f.full_size is not None and f.full_size != f.size for f in site["cond_indep_stack"])
 
 
+def _bijection(site: dict[str, Any]) -> Any:
+    try:
+        with helpful_support_errors(site):
+            return biject_to(site["fn"].support)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"latent site '{site['name']}' has the support {site['fn'].support}, onto which PyTorch "
+            "knows no bijection from real numbers: build the value from other latents (a "
+            "covariance from LKJCholesky and scales, say), or register one in "
+            "torch.distributions.biject_to"
+        ) from error
+
+
 class _Plate:
     """Size of a plate, of its subsample, and the subsample where the model gave it."""
 
@@ -339,6 +352,7 @@ class _Reference:
         module, name = (getattr(function, k, None) for k in ("__module__", "__qualname__"))
         if not inspect.isfunction(function) or module in (None, "__main__", "__mp_main__"):
             return None
+        module, name = str(module), str(name)
         found = cls(module, name)
         return found if found.find() is function else None
 
