@@ -364,6 +364,19 @@ def test_log_prob_of_all_rows_is_the_density():
         guide.log_prob({"s": values["s"], "d": values["d"][:, :2]})
 
 
+def test_latents_of_a_plate_of_another_size_are_refused():
+    def model(y):
+        with pyro.plate("rows", len(y)):
+            t = pyro.sample("t", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(t, 1.0), obs=y)
+
+    guide = AutoFlow(model).setup(torch.randn(5))
+    for size in (1, 4, 9):  # one row would broadcast
+        with pytest.raises(ValueError, match=f"5 rows of the plate 'rows'.*takes {size} of"):
+            Trace_ELBO().loss(model, guide, torch.randn(size))
+    assert guide(torch.randn(5))["t"].shape == (5,)
+
+
 def test_only_local_latents():
     def model():
         with pyro.plate("rows", 6, subsample_size=2):

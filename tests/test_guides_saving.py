@@ -116,7 +116,9 @@ def test_a_guide_whose_model_cannot_be_saved_says_so_and_takes_it_back():
     for use in (lambda: restored.model, lambda: restored(x), lambda: restored.density(x)):
         with pytest.raises(RuntimeError, match=r"guide\.attach\(model\)"):
             use()
-    restored.attach(model)
+    diagnose(model, restored, x, num_samples=50, search=False)  # takes both, and gives it back
+    assert restored.attached
+    restored = pickle.loads(pickle.dumps(guide)).attach(model)
     draws = guide.sample_posterior(5, x)
     torch.testing.assert_close(restored.log_prob(draws, x), guide.log_prob(draws, x))
 

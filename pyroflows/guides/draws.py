@@ -21,6 +21,7 @@ from pyroflows.guides.evaluation import is_circular, is_discrete, likelihoods
 from pyroflows.guides.latent import BUDGET, LatentDensity, plate_nesting
 from pyroflows.guides.routes import largest_tensor
 from pyroflows.guides.rows import WholeDensity
+from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.weights import smooth_weights
 
 __all__ = ["GuideDraws", "draw", "draw_from", "importance_resample"]
@@ -73,6 +74,8 @@ def posterior_density(
         ValueError: If the guide lacks a continuous latent of the model.
         NotJudged: See :class:`~pyroflows.guides.rows.WholeDensity`.
     """
+    if isinstance(guide, SavedGuide):
+        guide.remember(model)
     names = guided_sites(guide, args, kwargs)
     centre = guide._modules["transport"].loc.clone() if isinstance(guide, AutoFlow) else None
     density = WholeDensity(model, args, kwargs, names=names, centre=centre)

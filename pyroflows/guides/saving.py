@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyroflows.guides.latent import LatentDensity, init_where_possible
-from pyroflows.guides.supports import ModelSupports, moving_supports, teach_divergence
+from pyroflows.guides.routes import preserved
+from pyroflows.guides.supports import (
+    ModelSupports,
+    moving_supports,
+    outside_of_plates,
+    teach_divergence,
+)
 
 __all__ = ["SavedGuide", "is_subsampled"]
 
@@ -188,6 +194,8 @@ class SavedGuide(AutoGuide):
         every call if its arguments say which rows it takes.
         """
         if self.master is not None or not self._follows_plates:
+            if self.master is None and self._prototype_frames:
+                self._check_sizes(args, kwargs)
             return super()._create_plates(*args, **kwargs)
         made = self.create_plates(*args, **kwargs) if self.create_plates is not None else ()
         self.plates = {p.name: p for p in ([made] if isinstance(made, pyro.plate) else made)}
@@ -216,10 +224,29 @@ class SavedGuide(AutoGuide):
         known = self._plate_sizes.get(key)
         if known is not None and all(p.subsample is None for p in known.values()):
             return known
-        if not self.attached:
-            return {}
+        return self._see_plates(key, args, kwargs) if self.attached else {}
+
+    def _check_sizes(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise if a plate of latents has other rows than those that the guide was made for."""
+        if torch._C._get_tracing_state() or not self.attached:
+            return
+        key = _shapes((args, kwargs))
+        if key in self._plate_sizes:
+            return
+        found = self._see_plates(key, args, kwargs)
+        for name, plate in found.items():
+            frame = self._prototype_frames[name]
+            if (plate.size, plate.rows) != (frame.full_size or frame.size, frame.size):
+                del self._plate_sizes[key]
+                raise ValueError(
+                    f"this {type(self).__name__} holds latents for {frame.size} rows of the plate "
+                    f"'{name}'; the model now takes {plate.rows} of {plate.size}. Make a guide "
+                    "for these data; AmortizedFlow takes batches of any size"
+                )
+
+    def _see_plates(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, _Plate]:
         seen = _SeePlates(self._prototype_frames)
-        with torch.no_grad(), torch.random.fork_rng(), poutine.block(), seen:
+        with outside_of_plates(), torch.no_grad(), preserved(), poutine.block(), seen:
             self.model(*args, **kwargs)
         if len(self._plate_sizes) >= 64:
             self._plate_sizes.clear()
@@ -312,8 +339,8 @@ def _bijection(site: dict[str, Any]) -> Any:
             return biject_to(site["fn"].support)
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"latent site '{site['name']}' has the support {site['fn'].support}, onto which PyTorch "
-            "knows no bijection from real numbers: build the value from other latents (a "
+            f"latent site '{site['name']}' has the support {site['fn'].support}, onto which "
+            "PyTorch knows no bijection from real numbers: build the value from other latents (a "
             "covariance from LKJCholesky and scales, say), or register one in "
             "torch.distributions.biject_to"
         ) from error
@@ -324,6 +351,13 @@ class _Plate:
 
     def __init__(self, size: int, subsample_size: int | None, subsample: Any = None) -> None:
         self.size, self.subsample_size, self.subsample = size, subsample_size, subsample
+
+    @property
+    def rows(self) -> int:
+        """Rows that the model takes."""
+        if self.subsample is not None:
+            return len(self.subsample)
+        return self.size if self.subsample_size is None else self.subsample_size
 
 
 class _SeePlates(poutine.messenger.Messenger):
@@ -400,7 +434,7 @@ def _detached(support: Any) -> Any:
 
 
 def _shapes(thing: Any) -> Any:
-    """What the sizes of plates may depend on: shapes of tensors, numbers, lengths; hashable."""
+    """What sizes of plates may depend on: shapes of tensors, whole numbers, lengths; hashable."""
     if isinstance(thing, Tensor):
         return tuple(thing.shape)
     if isinstance(thing, Mapping):
@@ -409,4 +443,4 @@ def _shapes(thing: Any) -> Any:
         return len(thing), tuple(_shapes(v) for v in thing[:100])
     if hasattr(thing, "shape"):
         return tuple(thing.shape)
-    return thing if isinstance(thing, int | float | str | bool | None) else type(thing)
+    return thing if isinstance(thing, int | str | bool | None) else type(thing)

@@ -25,6 +25,7 @@ __all__ = [
     "Placed",
     "fixed_rows",
     "moving_supports",
+    "outside_of_plates",
     "placed",
     "teach_divergence",
     "unplaced",
@@ -155,7 +156,7 @@ class ModelSupports:
             {n: self._spread(n, v, 0, size) for n, v in values.items()},
             rows,
         )
-        with _outside_of_plates(), poutine.block(), run:
+        with outside_of_plates(), poutine.block(), run:
             model(*args, **kwargs)
         return {n: self._as(run.places[n], n, u, more[n]) for n, u in unconstrained.items()}
 
@@ -181,7 +182,7 @@ class ModelSupports:
         size = max(len(v) for v in values.values())
         spread = {n: self._spread(n, v, 0, size) for n, v in values.items()}
         run = _Places({}, spread, {})
-        with _outside_of_plates(), poutine.block(), poutine.mask(mask=False), run:
+        with outside_of_plates(), poutine.block(), poutine.mask(mask=False), run:
             model(*args, **kwargs)
         found = {}
         for name, value in spread.items():
@@ -192,7 +193,7 @@ class ModelSupports:
 
 
 @contextmanager
-def _outside_of_plates() -> Iterator[None]:
+def outside_of_plates() -> Iterator[None]:
     """The model finds for its plates the dimensions that it has by itself."""
     taken, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
     try:
