@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pyroflows.density import DensityEstimator
+    from pyroflows.tables import Column
 
 __all__ = [
     "conditional_density",
@@ -25,6 +26,17 @@ __all__ = [
 ]
 
 REAL, MODEL = "#4c4c4c", "#d1495b"
+DAY = 86400.0  # seconds
+TICKS = [
+    m * unit
+    for unit, times in (
+        (1, (1, 5, 15)),
+        (60, (1, 5, 15)),
+        (3600, (1, 3, 6)),
+        (DAY, (1, 2, 5, 10, 50, 100, 500, 1000)),
+    )
+    for m in times
+]
 
 
 def _pyplot() -> Any:
@@ -39,14 +51,56 @@ def _axes(ax: Axes | None) -> Axes:
     return _pyplot().subplots(figsize=(5, 3.5), layout="constrained")[1] if ax is None else ax
 
 
-def _is_number(series: pd.Series) -> bool:
-    import pandas as pd
-
-    return pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series)
+def _is_number(spec: Column) -> bool:
+    return spec.kind in ("numeric", "datetime") or spec.relation is not None
 
 
-def _numbers(series: pd.Series) -> np.ndarray:
-    return series.dropna().to_numpy(dtype=float)
+def _numbers(spec: Column, series: pd.Series) -> np.ndarray:
+    """Cells as places on an axis, NaN where missing: days for times, else as they are."""
+    x = spec.raw(series) + spec.origin / spec.per_second
+    return x / DAY if spec.is_time else x
+
+
+def _there(x: Any) -> np.ndarray:
+    x = np.asarray(x, dtype=float)
+    return x[~np.isnan(x)]
+
+
+def _dress(axis: Any, spec: Column) -> None:
+    """Dates and durations on an axis of days."""
+    if not spec.is_time:
+        return
+    from matplotlib import dates, ticker
+
+    if spec.dtype.startswith("datetime64"):
+        locator = dates.AutoDateLocator(minticks=2, maxticks=5)
+        axis.set_major_locator(locator)
+        axis.set_major_formatter(dates.ConciseDateFormatter(locator))
+    else:
+        low, high = axis.get_view_interval()
+        step = next((s for s in TICKS if (high - low) * DAY / s <= 5), (high - low) * DAY / 4)
+        axis.set_major_locator(ticker.MultipleLocator(step / DAY))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda days, _: _duration(days)))
+
+
+def _duration(days: float) -> str:
+    for unit, size in (("d", 1.0), ("h", 1 / 24), ("min", 1 / 1440)):
+        if abs(days) >= 2 * size:
+            return f"{days / size:.4g} {unit}"
+    return f"{days * DAY:.4g} s"
+
+
+def _ends(x: np.ndarray, tail: float) -> tuple[float, float]:
+    """Quantiles that frame values, apart also where all are equal."""
+    low, high = (float(v) for v in np.quantile(x, [tail, 1 - tail]))
+    room = 0.0 if high > low else max(abs(low) * 1e-3, 0.5)
+    return low - room, high + room
+
+
+def _say(ax: Axes, text: str) -> None:
+    """An empty panel that says why."""
+    ax.set(xticks=[], yticks=[])
+    ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, transform=ax.transAxes)
 
 
 def _draws(
@@ -90,26 +144,39 @@ def marginals(
     for ax in grid.flat[len(names) :]:
         ax.set_visible(False)
     for ax, name in zip(grid.flat, names, strict=False):
-        if _is_number(real[name]):
-            a, b = _numbers(real[name]), _numbers(drawn[name])
-            ends = np.quantile(a, [0.002, 0.998]) if len(a) else (0, 1)
-            ends = (ends[0], ends[1]) if ends[1] > ends[0] else (ends[0] - 0.5, ends[0] + 0.5)
-            bins = np.linspace(*ends, 41)
+        spec = model.schema_[name]
+        if spec.kind == "key":
+            _say(ax, "a key: not modelled")
+        elif not real[name].notna().any():
+            _say(ax, "no values")
+        elif _is_number(spec):
+            a, b = (_there(_numbers(spec, frame[name])) for frame in (real, drawn))
+            bins = np.linspace(*_ends(a, 0.002), 41).tolist()
             ax.hist(a, bins, density=True, color=REAL, alpha=0.5, label="real")
-            ax.hist(b, bins, density=True, color=MODEL, histtype="step", label="model")
+            if len(b):
+                ax.hist(b, bins, density=True, color=MODEL, histtype="step", label="model")
+            _dress(ax.xaxis, spec)
+            ax.tick_params(axis="x", labelsize=7)
         else:
-            levels = real[name].value_counts(normalize=True).head(12)
-            share = drawn[name].value_counts(normalize=True).reindex(levels.index).fillna(0)
-            place = np.arange(len(levels))
-            ax.bar(place - 0.2, levels, 0.4, color=REAL, alpha=0.5, label="real")
-            ax.bar(place + 0.2, share, 0.4, color=MODEL, alpha=0.7, label="model")
-            ax.set_xticks(
-                place, [str(v)[:10] for v in levels.index], rotation=45, ha="right", fontsize=7
-            )
+            _bars(ax, real[name], drawn[name])
         ax.set_title(str(name), fontsize=9)
         ax.set_yticks([])
-    grid.flat[0].legend(fontsize=7)
+    for ax in grid.flat:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
+            break
     return figure
+
+
+def _bars(ax: Axes, real: pd.Series, drawn: pd.Series) -> None:
+    """Shares of the most frequent labels."""
+    levels = real.astype(object).value_counts(normalize=True).head(12)
+    share = drawn.astype(object).value_counts(normalize=True).reindex(levels.index).fillna(0)
+    place = np.arange(len(levels))
+    ax.bar(place - 0.2, levels, 0.4, color=REAL, alpha=0.5, label="real")
+    ax.bar(place + 0.2, share, 0.4, color=MODEL, alpha=0.7, label="model")
+    ax.set_xlim(-0.7, max(len(levels), 2) - 0.3)
+    ax.set_xticks(place, [str(v)[:10] for v in levels.index], rotation=45, ha="right", fontsize=7)
 
 
 def pair_plot(
@@ -130,46 +197,51 @@ def pair_plot(
         seed: Of the draws.
     """
     plt = _pyplot()
-    real, drawn = _draws(model, table, rows, seed)
+    real_rows, drawn_rows = _draws(model, table, rows, seed)
     names = (
         list(columns)
         if columns is not None
-        else [n for n in _targets(model) if _is_number(real[n])][:6]
+        else [n for n in _targets(model) if _is_number(model.schema_[n])][:6]
     )
     if not names:
         raise ValueError("pair_plot needs at least one number column")
+    specs = {n: model.schema_[n] for n in names}
+    labels = [n for n in names if not _is_number(specs[n])]
+    if labels:
+        raise ValueError(f"pair_plot draws number columns; {labels} are labels, constant or empty")
+    real, drawn = (
+        {n: _numbers(specs[n], frame[n]) for n in names} for frame in (real_rows, drawn_rows)
+    )
     d = len(names)
     figure, grid = plt.subplots(
         d, d, squeeze=False, layout="constrained", figsize=(1.8 * d + 1, 1.8 * d + 1)
     )
     for i, row in enumerate(names):
-        y = _numbers(real[row])
-        limits_y = np.quantile(y, [0.005, 0.995])
         for j, column in enumerate(names):
             ax = grid[i, j]
-            x = _numbers(real[column])
-            limits = np.quantile(x, [0.005, 0.995])
+            x, y = _there(real[column]), _there(real[row])
+            if not len(x) or not len(y):
+                _say(ax, "no values")
+                continue
+            limits = _ends(x, 0.005)
             if i == j:
-                bins = np.linspace(limits[0], max(limits[1], limits[0] + 1e-9), 31)
+                bins = np.linspace(*limits, 31).tolist()
                 ax.hist(x, bins, density=True, color=REAL, alpha=0.5)
-                ax.hist(_numbers(drawn[column]), bins, density=True, color=MODEL, histtype="step")
+                if len(there := _there(drawn[column])):
+                    ax.hist(there, bins, density=True, color=MODEL, histtype="step")
             else:
                 source, color = (real, REAL) if i > j else (drawn, MODEL)
-                ax.scatter(
-                    source[column].to_numpy(float),
-                    source[row].to_numpy(float),
-                    s=3,
-                    alpha=0.3,
-                    color=color,
-                    linewidths=0,
-                )
-                if limits_y[1] > limits_y[0]:
-                    ax.set_ylim(*limits_y)
-            if limits[1] > limits[0]:
-                ax.set_xlim(*limits)
+                ax.scatter(source[column], source[row], s=3, alpha=0.3, color=color, linewidths=0)
+                ax.set_ylim(*_ends(y, 0.005))
+                _dress(ax.yaxis, specs[row])
+            ax.set_xlim(*limits)
+            _dress(ax.xaxis, specs[column])
             ax.tick_params(labelsize=6)
-            ax.set_yticks([]) if i == j or j else None
-            ax.set_xlabel(str(column), fontsize=8) if i == d - 1 else ax.set_xticklabels([])
+            ax.tick_params(left=not j and i != j, labelleft=not j and i != j)
+            ax.tick_params(labelbottom=i == d - 1)
+            ax.xaxis.get_offset_text().set_visible(i == d - 1)
+            ax.yaxis.get_offset_text().set_visible(not j and i != j)
+            ax.set_xlabel(str(column), fontsize=8) if i == d - 1 else None
             ax.set_ylabel(str(row), fontsize=8) if j == 0 else None
     figure.suptitle("real (grey, below), model (red, above)", fontsize=9)
     return figure
@@ -195,9 +267,11 @@ def pit_plot(
         bins: Bars.
     """
     pit = model.pit(table)
-    u = _numbers(pit[column]) if column is not None else pit.to_numpy(float).ravel()
-    u = u[~np.isnan(u)]
+    u = _there(pit[column] if column is not None else pit.to_numpy(float).ravel())
     ax = _axes(ax)
+    if not len(u):
+        _say(ax, "no values")
+        return ax
     ax.hist(u, np.linspace(0, 1, bins + 1).tolist(), density=True, color=MODEL, alpha=0.7)
     band = 2 * math.sqrt(bins / max(len(u), 1))
     ax.axhspan(1 - band, 1 + band, color=REAL, alpha=0.2, label="95 % if calibrated")
@@ -222,10 +296,10 @@ def qq_plot(
     ax = _axes(ax)
     ax.plot([0, 1], [0, 1], color=REAL, lw=1)
     for name in columns if columns is not None else pit.columns:
-        u = np.sort(_numbers(pit[name]))
+        u = np.sort(_there(pit[name]))
         ax.plot((np.arange(len(u)) + 0.5) / max(len(u), 1), u, lw=1, label=str(name))
     ax.set(xlabel="uniform quantile", ylabel="quantile of the transform", aspect="equal")
-    ax.legend(fontsize=6)
+    ax.legend(fontsize=6) if len(ax.lines) > 1 else _say(ax, "no number columns")
     return ax
 
 
@@ -268,31 +342,54 @@ def conditional_density(
         raise ValueError(f"column {column!r} is both given and drawn")
     spec = model.schema_[column]
     ax = _axes(ax)
-    if grid is None and not spec.is_label:
-        x = _numbers(model.sample(2000, given, random_state=0)[column])
-        place = np.linspace(*np.quantile(x, [0.005, 0.995]), 200)
-        if spec.step:
-            place = (
-                np.unique(np.round((place - spec.anchor) / spec.step)) * spec.step + spec.anchor
-            )
-        grid = place
-    values = list(spec.levels) if grid is None else list(grid)
-    frame = pd.DataFrame([{**given, column: v} for v in values])
+    if grid is None and not spec.levels and not _is_number(spec):
+        _say(ax, "no values")
+        return ax
+    if grid is None:
+        drawn = model.sample(2000, given, random_state=0)[column] if _is_number(spec) else None
+        cells = _grid(spec, drawn)
+    else:
+        cells = pd.Series(list(grid))
+    frame = pd.DataFrame([dict(given)] * len(cells)).assign(**{"": cells.to_numpy()})
+    frame.columns = pd.Index([*given, column], tupleize_cols=False)
     log_p = model.log_marginal(frame, draws=256)
     if not model.model_.num_given:
         log_p = log_p - model.log_marginal(pd.DataFrame([dict(given)]), draws=8192)[0]
-    if spec.is_label:
+    if not _is_number(spec):
         share = np.exp(log_p - log_p.max())
-        ax.bar([str(v) for v in values], share / share.sum(), color=MODEL)
+        ax.bar([str(v) for v in cells], share / share.sum(), color=MODEL)
         ax.set_ylabel("probability")
     else:
-        ax.plot(
-            values, np.exp(log_p), color=MODEL, drawstyle="steps-mid" if spec.step else "default"
-        )
-        ax.set_ylabel("density")
+        unit, per = (DAY, " per day") if spec.is_time else (1.0, "")
+        style = "steps-mid" if _lattice(spec)[0] else "default"
+        ax.plot(_numbers(spec, cells), unit * np.exp(log_p), color=MODEL, drawstyle=style)
+        _dress(ax.xaxis, spec)
+        ax.set_ylabel(f"density{per}")
     ax.set_xlabel(str(column))
     ax.set_title(", ".join(f"{k} = {v}" for k, v in given.items()), fontsize=8)
     return ax
+
+
+def _lattice(spec: Column) -> tuple[float | None, float]:
+    """Step and anchor of the column itself."""
+    own = spec if spec.relation is None else spec.relation
+    return own.step, own.anchor
+
+
+def _grid(spec: Column, drawn: pd.Series | None) -> pd.Series:
+    """Cells of a column that show its density: its labels, or 200 places among draws."""
+    import pandas as pd
+
+    if drawn is None:
+        levels = spec.levels
+        return (
+            spec.cells(np.array(levels))
+            if spec.kind == "discrete"
+            else pd.Series(levels, dtype=object)
+        )
+    x = np.linspace(*_ends(_there(spec.raw(drawn)), 0.005), 200)
+    step, anchor = _lattice(spec)
+    return spec.cells(np.unique(np.round((x - anchor) / step)) * step + anchor if step else x)
 
 
 def _targets(model: DensityEstimator) -> list[Any]:

@@ -59,3 +59,78 @@ def test_conditional_models_are_drawn_too(table):
     model = DensityEstimator(target="x", max_steps=20, members=2, random_state=0).fit(table)
     assert len(plots.marginals(model, table).axes) == 1
     plots.conditional_density(model, {"k": 3, "c": "p"}, "x")
+
+
+@pytest.fixture(scope="module")
+def odd():
+    """Times of every kind, nothing, always the same, and a key."""
+    rng = np.random.default_rng(0)
+    n = 200
+    day = pd.Timestamp("2019-01-01") + pd.to_timedelta(rng.integers(0, 900, n), "D")
+    return pd.DataFrame(
+        {
+            "day": day,
+            "text": day.strftime("%Y-%m-%d"),
+            "took": pd.to_timedelta(rng.exponential(5000, n).round(), "s"),
+            "end": day + pd.to_timedelta(rng.integers(1, 30, n), "D"),
+            "empty": np.nan,
+            "never": pd.Series([pd.NaT] * n),
+            "same": 3.5,
+            "once": pd.Timestamp("2020-01-01"),
+            "id": np.arange(n),
+            "x": rng.normal(size=n),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def odd_model(odd):
+    return DensityEstimator(
+        max_steps=20,
+        members=2,
+        hidden_dim=8,
+        random_state=0,
+        schema={"id": {"kind": "key"}},
+        constraints=["day < end"],
+    ).fit(odd)
+
+
+def words(ax):
+    ax.figure.canvas.draw()
+    return " ".join(t.get_text() for t in ax.get_xticklabels())
+
+
+def test_times_have_dates_on_the_axis_and_empty_panels_say_so(odd_model, odd):
+    panels = {ax.get_title(): ax for ax in plots.marginals(odd_model, odd).axes}
+    for name in ("day", "text", "end"):
+        assert len(panels[name].patches) > 12
+        assert "2020" in words(panels[name])
+        low, high = panels[name].get_xlim()
+        assert matplotlib.dates.num2date(low).year >= 2018
+        assert matplotlib.dates.num2date(high).year <= 2022
+    assert " h" in words(panels["took"])
+    for name, text in (("empty", "no values"), ("never", "no values"), ("id", "not modelled")):
+        assert [t.get_text() for t in panels[name].texts][0].endswith(text)
+        assert not panels[name].patches
+    assert words(panels["same"]) == "3.5"
+    assert words(panels["once"]) == "2020-01-01"
+    grid = plots.pair_plot(odd_model, odd, columns=["day", "took", "x"]).axes
+    assert "2020" in words(grid[6])
+    with pytest.raises(ValueError, match=r"\['empty'\] are labels, constant or empty"):
+        plots.pair_plot(odd_model, odd, columns=["empty", "x"])
+    blank = odd.assign(x=np.nan)
+    assert plots.pair_plot(odd_model, blank, columns=["day", "x"]).axes[3].texts
+
+
+def test_conditional_densities_of_times_have_area_one(odd_model):
+    ax = plots.conditional_density(odd_model, {"x": 0.5}, "day")
+    days, y = ax.lines[0].get_data()
+    assert np.trapezoid(y, days) == pytest.approx(1, abs=0.1)
+    assert ax.get_ylabel() == "density per day"
+    assert "20" in words(ax)
+    given = {"day": pd.Timestamp("2020-01-01")}
+    days, y = plots.conditional_density(odd_model, given, "end").lines[0].get_data()
+    assert matplotlib.dates.num2date(days[0]).year == 2020
+    assert y.sum() == pytest.approx(1, abs=0.1)
+    assert plots.conditional_density(odd_model, {"x": 0.5}, "never").texts
+    assert len(plots.conditional_density(odd_model, {"x": 0.5}, "once").patches) == 1

@@ -75,6 +75,11 @@ class Column:
         """Whether cells are codes of levels rather than numbers."""
         return self.kind in ("categorical", "discrete", "key")
 
+    @property
+    def is_time(self) -> bool:
+        """Whether its numbers are seconds."""
+        return self.kind not in ("categorical", "key") and bool(_unit(self.dtype))
+
     # ------------------------------------------------------------------ what it is
 
     @classmethod
