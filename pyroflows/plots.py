@@ -360,11 +360,13 @@ def conditional_density(
         ax.bar([str(v) for v in cells], share / share.sum(), color=MODEL)
         ax.set_ylabel("probability")
     else:
-        unit, per = (DAY, " per day") if spec.is_time else (1.0, "")
+        unit, word = (DAY, "density per day") if spec.is_time else (1.0, "density")
+        if spec.is_label:  # differences of few values, which count as labels
+            unit, word = 1.0, "probability"
         style = "steps-mid" if _lattice(spec)[0] else "default"
         ax.plot(_numbers(spec, cells), unit * np.exp(log_p), color=MODEL, drawstyle=style)
         _dress(ax.xaxis, spec)
-        ax.set_ylabel(f"density{per}")
+        ax.set_ylabel(word)
     ax.set_xlabel(str(column))
     ax.set_title(", ".join(f"{k} = {v}" for k, v in given.items()), fontsize=8)
     return ax
