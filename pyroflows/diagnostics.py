@@ -145,7 +145,7 @@ def diagnose(
     *args: Any,
     num_samples: int = 4000,
     search: bool = True,
-    max_time: float = 60.0,
+    max_time: float = 300.0,
     **kwargs: Any,
 ) -> Diagnosis:
     """Say how far to trust a guide: any flow or auto-guide, or a custom one.
@@ -348,7 +348,8 @@ def _search_modes(
     starts = scattered_starts(gradients.frame, u, density.init_loc, _prior_starts(density, 16))
     if density.elements > 2**14:  # a third of every kind
         starts = starts[::3]
-    modes = find_modes(gradients, starts, u, weights.log_evidence, until=until)
+    steps = max(50, min(100, 100_000 // density.operations))
+    modes = find_modes(gradients, starts, u, weights.log_evidence, num_steps=steps, until=until)
     missing = [m for m in modes.found if math.isfinite(m.surely)]
     seen.wider = _log_sum(weights.log_evidence, *(m.missing for m in missing))
     surely = _log_sum(weights.log_evidence, *(m.surely for m in missing))
@@ -380,7 +381,7 @@ def _follow_chains(
 ) -> None:
     each = density.elements
     num = min(len(u), max(64, min(1024, 2**19 // each, 2**18 // u.shape[1])))
-    length = max(10, min(40, 2**28 // (6 * num * each)))
+    length = max(10, min(40, 2**27 // (6 * num * each), 40_000 // density.operations))
     if density.route == "one by one":
         num, length = 64, 20
     generator = torch.Generator().manual_seed(1)
@@ -436,7 +437,7 @@ def _ask_prior(
     prior = poutine.block(density.model, hide_fn=lambda msg: bool(msg.get("is_observed")))
     with torch.no_grad():
         few = density.route == "one by one"
-        num = 500 if few else max(500, min(num, 2**28 // density.elements))
+        num = 500 if few else max(500, min(num, 2**27 // density.elements))
         values, log_q = GuideRuns(prior, density.args, density.kwargs, density)(num)
         u = density.unconstrain(values)
         log_w = density.over_values()(flat_values(density, values)) - log_q

@@ -286,6 +286,7 @@ def find_modes(
     log_evidence: float,
     *,
     num_modes: int = 8,
+    num_steps: int = 100,
     until: float = math.inf,
 ) -> Modes:
     """Climb from ``starts``, ``(K, D)``, and compare each mode's mass with the guide's there.
@@ -296,10 +297,11 @@ def find_modes(
         draws: The guide's, ``(S, D)``.
         log_evidence: Log of the mass that the guide's own draws see.
         num_modes: Most modes to weigh.
+        num_steps: Steps of the climb.
         until: When to stop, by :func:`time.monotonic`.
     """
     before = gradients.count
-    x, log_p = climb(gradients, gradients.frame.to_x(starts), until=until)
+    x, log_p = climb(gradients, gradients.frame.to_x(starts), num_steps=num_steps, until=until)
     modes = Modes(num_starts=len(starts))
     gaussians: list[Gaussian] = []
     ends = gradients.frame.to_u(x)

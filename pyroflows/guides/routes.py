@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Failures", "gathered", "largest_tensor", "one_by_one", "preserved", "seeded"]
+__all__ = [
+    "Failures",
+    "gathered",
+    "largest_tensor",
+    "one_by_one",
+    "operations",
+    "preserved",
+    "seeded",
+]
 
 
 @contextmanager
@@ -92,14 +100,15 @@ class Failures:
 
 
 class _Largest(TorchDispatchMode):
-    """Size of the largest tensor that is made."""
+    """Size of the largest tensor that is made, and the number of operations."""
 
-    numel = 1
+    numel, calls = 1, 0
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.calls += 1
         if isinstance(out, Tensor):
             self.numel = max(self.numel, out.numel())
         return out
@@ -110,3 +119,10 @@ def largest_tensor(function: Callable[[], Any]) -> int:
     with torch.no_grad(), _Largest() as seen:
         function()
     return seen.numel
+
+
+def operations(function: Callable[[], Any]) -> int:
+    """Number of operations on tensors in a call of ``function``."""
+    with torch.no_grad(), _Largest() as seen:
+        function()
+    return seen.calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from pyroflows.guides.evaluation import Evaluation
 from pyroflows.guides.latent import BUDGET, LatentDensity
-from pyroflows.guides.routes import seeded
+from pyroflows.guides.routes import operations, preserved, seeded
 
 __all__ = ["NotJudged", "Subsampled", "WholeDensity", "subsampled_plates"]
 
 _MOST_BLOCKS = 200
 
 
-class NotJudged(Exception):
+class NotJudged(ValueError):
     """Why a guide cannot be compared with the posterior of all rows."""
 
 
@@ -162,6 +163,12 @@ class WholeDensity(LatentDensity):
         """Elements of the largest tensors of all runs for one point: what an evaluation costs."""
         runs = math.prod(p.num_blocks for p in self.plates) + bool(self.plates)
         return BUDGET // self.batch_size * runs
+
+    @functools.cached_property
+    def operations(self) -> int:
+        """Operations on tensors of an evaluation: what it costs however small the batch."""
+        with preserved():
+            return operations(lambda: self(self.init_loc))
 
     def _blocks(self) -> Iterator[dict[str, int]]:
         names = [p.name for p in self.plates]
