@@ -33,9 +33,10 @@ class ActNorm(Along):
     1. From then on they are ordinary
     parameters: the buffer ``initialized`` says so and is saved with them. Training from the noise
     side (variational inference) counts as initialized too: the layer then stays the identity that
-    it was. Rows that are not finite and constant features take no part. Nothing is initialized in
-    evaluation mode, under ``torch.func`` or while ``torch.compile`` traces: make one plain call
-    first.
+    it was. Under ``torch.distributed`` the rows of all processes count, so that the processes
+    agree; all of them must see their first batch together. Rows that are not finite and constant
+    features take no part. Nothing is initialized in evaluation mode, under ``torch.func`` or while
+    ``torch.compile`` traces: make one plain call first.
 
     One evaluation in either direction; with a context one network call, whose result is added to s
     and t.
@@ -87,10 +88,12 @@ class ActNorm(Along):
         if y is not None:
             rows = y.detach().movedim(self.dim, -1).reshape(-1, self.size)
             rows = rows[rows.isfinite().all(-1)]
-            if len(rows) < 2:
+            count, mean = _count_and_mean(len(rows), rows.sum(0))
+            if count < 2:
                 return
-            mean, std = rows.mean(0), rows.std(0)
-            noise = 8 * torch.finfo(rows.dtype).eps * rows.abs().amax(0)
+            std = (_over_processes((rows - mean).square().sum(0)) / (count - 1)).sqrt()
+            largest = torch.cat([torch.zeros_like(mean)[None], rows.abs()]).amax(0)
+            noise = 8 * torch.finfo(rows.dtype).eps * _over_processes(largest, "max")
             log_std = torch.where(std > noise, std, 1.0).log()
             limit = 0.99 * self.scalar.bound
             ratio = log_std.clamp(-limit, limit) / self.scalar.bound
@@ -122,7 +125,8 @@ class BatchNorm(Along):
     From the data side in training mode, m and v are mean and variance of the batch, over all its
     axes, and move the running averages; in evaluation mode, and always from the noise side, they
     are the running averages. So the two directions are each other's inverse in evaluation mode
-    only. The log-determinant takes m and v as constants. Rows that are not finite do not count;
+    only. Under ``torch.distributed`` they are those of all processes together. The log-determinant
+    takes m and v as constants. Rows that are not finite do not count;
     with fewer than two that do, the running averages serve. In evaluation mode it starts as the
     identity up to the factor √(1 + ε).
 
@@ -173,11 +177,10 @@ class BatchNorm(Along):
         """Return mean and unbiased variance of the finite rows; running ones for lack of rows."""
         rows = y.reshape(-1, self.size)
         finite = rows.isfinite().all(-1, keepdim=True)
-        count = finite.sum(0).to(y.dtype)
         rows = torch.where(finite, rows, 0.0)
-        mean = rows.sum(0) / count.clamp_min(1)
+        count, mean = _count_and_mean(finite.sum(0), rows.sum(0))
         spread = torch.where(finite, rows - mean, 0.0)
-        var = spread.square().sum(0) / (count - 1).clamp_min(1)
+        var = _over_processes(spread.square().sum(0)) / (count - 1).clamp_min(1)
         enough = count > 1
         mean = torch.where(enough, mean, self.moving_mean)
         var = torch.where(enough, var, self.moving_variance)
@@ -199,6 +202,26 @@ class BatchNorm(Along):
         var = var + self.epsilon
         x, log_slope = self.scalar.forward((y - mean) * var.rsqrt(), self.affine.of(context))
         return x, (log_slope - 0.5 * var.log()).sum(-1)
+
+
+def _over_processes(value: Tensor, reduction: str = "sum") -> Tensor:
+    """Sum or maximum over the processes of a distributed run, with gradients; else the value."""
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
+        return value
+    if functorch_active():
+        raise RuntimeError("statistics of a distributed run cannot be taken under torch.func")
+    from torch.distributed.nn.functional import all_reduce
+
+    operation = group.ReduceOp.MAX if reduction == "max" else group.ReduceOp.SUM
+    return all_reduce(value.clone(), op=operation)
+
+
+def _count_and_mean(count: int | Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of rows, shape ``(1,)``, and their mean ``(D,)``, over all processes."""
+    rows = torch.as_tensor(count).to(total).reshape(1)
+    rows, total = _over_processes(torch.cat([rows, total])).split([1, len(total)])
+    return rows, total / rows.clamp_min(1)
 
 
 def actnorm(
