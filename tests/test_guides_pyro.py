@@ -437,6 +437,8 @@ def chained(x):
 
 def test_supports_that_depend_on_others_beside_a_data_plate():
     x = torch.randn(7)
+    first = SVI(chained, AutoFlow(chained), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert torch.isfinite(torch.tensor(first.step(x)))  # the guide sees its model inside a trace
     guide = perturbed(AutoFlow(chained), x)
     for draws in (
         guide.sample_posterior(5, x),

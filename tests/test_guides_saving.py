@@ -220,6 +220,36 @@ def test_local_parameters(elbo, kind):
         Predictive(model, guide=guide, num_samples=3, parallel=True)(*data)
 
 
+@pytest.mark.parametrize("local_params", [False, True])
+def test_rows_of_a_subsampled_plate_are_saved(local_params, tmp_path):
+    y = torch.randn(12)
+
+    def model():
+        mu = pyro.sample("net.mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 12, subsample_size=4) as rows:
+            t = pyro.sample("net.t", dist.LogNormal(mu, 1.0))
+            pyro.sample("y", dist.Normal(t, 0.5), obs=y[rows])
+
+    with pyro.settings.context(module_local_params=local_params):
+        guide, elbo = AutoFlow(model), Trace_ELBO(max_plate_nesting=1)
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
+        for _ in range(3):
+            svi.step()
+        values = guide.sample_posterior(5)
+        expected = guide.log_prob(values)
+        fresh = AutoFlow(model)
+        fresh.load_state_dict(guide.state_dict())
+        copies = [fresh, pickle.loads(pickle.dumps(guide)), copy.deepcopy(guide)]
+        if not local_params:
+            pyro.get_param_store().save(tmp_path / "store.pt")
+            pyro.clear_param_store()
+            pyro.get_param_store().load(tmp_path / "store.pt")
+            copies.append(AutoFlow(model).setup())
+        for other in copies:
+            torch.testing.assert_close(other.log_prob(values), expected)
+            SVI(model, other, pyro.optim.Adam({"lr": 0.05}), elbo).step()
+
+
 def test_copies_do_not_need_a_graph_free_model():
     net = nn.Linear(1, 1)
 
