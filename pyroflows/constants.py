@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class Constants(nn.Module):
         if changed:
             self._forget()
         return self.__dict__["thing"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constants":
+        super()._apply(fn, recurse)
+        self.bind()  # leaves nothing behind on the old device
+        return self
 
     def _forget(self) -> None:
         """Drop what distributions computed from their parameters when they were asked."""

@@ -421,7 +421,8 @@ class Flow(PyroModule):
     def event_shape(self) -> torch.Size:
         """Shape of one draw."""
         base, transform = self._parts()
-        return transform._map_shape(torch.Size(base.event_shape), inverse=False)
+        shape = transform._map_shape(torch.Size(base.event_shape), inverse=False)
+        return shape[len(shape) - transform._event_dim(inverse=True) :]  # less a context's batch
 
     @property
     def support(self) -> constraints.Constraint:
