@@ -623,7 +623,9 @@ class _Wrapped(Bijection):
 def _over_events(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
     """log|det dy/dx| of whole events; torch's StackTransform leaves it elementwise."""
     log_det: Tensor = transform.log_abs_det_jacobian(x, y)
-    excess = log_det.dim() - (y.dim() - transform.codomain.event_dim)
+    # a batch of the transform's own, such as of a context, shows in what it returned
+    batch = max(x.dim() - transform.domain.event_dim, y.dim() - transform.codomain.event_dim)
+    excess = log_det.dim() - batch
     return log_det.sum(tuple(range(-excess, 0))) if excess > 0 else log_det
 
 

@@ -197,7 +197,9 @@ class Flow(PyroModule):
         Arguments and errors as in :meth:`forward`. Weights with a prior (``PyroSample``) are drawn
         for this distribution, as sites of a model that is being run.
         """
-        if not torch.compiler.is_compiling() and store.is_loaded(self._store_name):
+        if torch.compiler.is_compiling():  # a graph has neither a store nor sites
+            return self._made(context)
+        if store.is_loaded(self._store_name):
             store.claim(self._store_name, self)  # also outside of inference
         if any(inner.__dict__.get("_pyro_samples") for inner in self.modules()):
             with self.__dict__["_pyro_context"]:
