@@ -233,3 +233,27 @@ def test_draws_of_methods_are_checked():
     ):
         with pytest.raises(ValueError, match="draws must be a positive integer"):
             ask()
+
+
+# ---------------------------------------------------------------------- rare labels
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_rare_labels_are_learned(first):
+    rng = np.random.default_rng(0)
+    n = 3000
+    kind = np.where(rng.random(n) < 0.4, "u", "v").astype(object)
+    kind[rng.permutation(n)[:10]] = "rare"
+    x = rng.normal(size=(n, 2)) + 4 * (kind == "rare")[:, None]
+    group = np.where(rng.random(n) < np.where(kind == "rare", 0.95, 0.2), "yes", "no")
+    frame = pd.DataFrame({"kind": kind, "x": x[:, 0], "y": x[:, 1], "group": group})
+    names = ["kind", "x", "y", "group"] if first else ["x", "y", "kind", "group"]
+    model = DensityEstimator(max_steps=100, members=2, hidden_dim=16, random_state=0)
+    model.fit(frame[names])
+    given = model.mean({"kind": "rare"})
+    for c in "xy":
+        assert given[c][0] == pytest.approx(frame[c][kind == "rare"].mean(), abs=1.0)
+    drawn = model.sample(4000, random_state=1)
+    assert (drawn["kind"] == "rare").mean() == pytest.approx(10 / n, abs=4e-3)
+    assert (model.sample(1000, {"kind": "rare"})["group"] == "yes").mean() > 0.6
+    assert model.mean({"kind": "u"})["x"][0] == pytest.approx(0, abs=0.25)

@@ -26,6 +26,7 @@ from pyroflows.density.training import (
     fit_mixture,
     plan,
     stack,
+    start_rare,
     train,
 )
 from pyroflows.tables import Schema, as_frame
@@ -394,6 +395,8 @@ class DensityEstimator(Conventions):
             fold = _folds(n, size, model.members, generator)
             held = (fold >= 0).nonzero()[:, 0]
             valid = model.encode(values[held])
+            few = slice(0, 20000) if n > 20000 else slice(None)
+            start_rare(model, model.encode(values[few]), weight[few])
             parts = self._mixtures(model, values, weight, fold, generator) if size <= 20000 else []
             self.model_ = model = model.to(device)
             budget = plan(

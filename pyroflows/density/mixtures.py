@@ -185,7 +185,41 @@ class MixedMixture(nn.Module):
                 if bic < best_bic:
                     best, best_bic, worse = model, bic, -1
             worse += 1
-        assert best is not None
+        if best is None:
+            raise RuntimeError("no mixture could be fitted")
+        return best._with_rare(numbers, labels, hot, freq, spread, w)
+
+    def _with_rare(
+        self,
+        numbers: Tensor,
+        labels: Tensor,
+        hot: list[Tensor],
+        freq: list[Tensor],
+        spread: Tensor,
+        w: Tensor,
+        *,
+        rows: tuple[int, int] = (4, 100),
+    ) -> MixedMixture:
+        """One more class for each rare label, where BIC prefers it.
+
+        Seeds by distance seldom find a class of a few rows.
+        """
+        best, size, d = self, float(w.sum()), numbers.shape[1]
+        one = 1 + d + d * (d + 1) / 2 + sum(h.shape[1] - 1 for h in hot)
+        for j, table in enumerate(hot):
+            count = (w * table).sum(0)
+            for b in ((count >= rows[0]) & (count <= min(rows[1], 0.02 * size))).nonzero()[:8, 0]:
+                mine = (labels[:, j] == b).double()[:, None]
+                joint = best._joint(numbers, hot)
+                old = float((w[:, 0] * joint.logsumexp(1)).sum())
+                resp = torch.cat([joint.softmax(1) * (1 - mine), mine], 1)
+                for _ in range(10):
+                    new = self._maximize(w * resp, numbers, hot, freq, spread, self.is_label)
+                    joint = new._joint(numbers, hot)
+                    resp = joint.softmax(1)
+                gain = float((w[:, 0] * joint.logsumexp(1)).sum()) - old
+                if 2 * gain > one * math.log(size):
+                    best = new
         return best
 
     @classmethod
