@@ -109,9 +109,11 @@ class MixedMixture(nn.Module):
             _, mean, sd = self.predict(j, state)
             z = (score[:, None] - mean) / sd
             i = self.place[j]
-            e = torch.cat(
-                [e[..., :i], torch.where(known[:, None], z, 0.0)[..., None], e[..., i + 1 :]], -1
-            )
+            read = torch.where(known[:, None], z, 0.0)
+            if read.requires_grad:
+                e = torch.cat([e[..., :i], read[..., None], e[..., i + 1 :]], -1)
+            else:  # the state is the walker's own: a copy for each column costs their square
+                e[..., i] = read
             gain = -0.5 * z**2 - sd.log()
         return (log_w + torch.where(known[:, None], gain, 0.0)).log_softmax(1), e
 

@@ -124,7 +124,7 @@ class ColumnNets(nn.Module):
 
     def trunk(self, x: Tensor, nets: list[int] | slice = slice(None)) -> Tensor:
         """Features (N, F) to the last hidden layer of some networks (G, N, H)."""
-        w0 = (self.w0 * self.mask)[nets]
+        w0 = self.w0[nets] * self.mask[nets]
         g, f, h = w0.shape
         a = x @ w0.permute(1, 0, 2).reshape(f, g * h)
         hidden = F.silu(a.view(len(x), g, h).transpose(0, 1) + self.b0[nets])
