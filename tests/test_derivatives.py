@@ -87,6 +87,22 @@ def test_of_every_transform(name, context_dim, inverse):
     check_derivatives(energy, energy.value)
 
 
+@each_kind
+@both_ways
+def test_of_one_point_in_single_precision(name, context_dim, inverse):
+    """Tensors without an axis are promoted by torch's own derivatives, where there are any."""
+    t = build(name, context_dim, torch.float32).condition(contexts(context_dim).float())
+    x = t._call(noise(name).float()).detach() if inverse else noise(name).float()
+
+    def of(x):
+        out, log_det = t.inverse_and_log_det(x) if inverse else t.forward_and_log_det(x)
+        return log_det + out.square().sum()
+
+    found = torch.func.jacfwd(of)(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.func.grad(of)(x), rtol=1e-3, atol=1e-3)
+
+
 @both_ways
 @pytest.mark.parametrize("spline", [RationalQuadratic(4), LinearRational(4)], ids=repr)
 def test_of_a_spline_whose_parameters_depend_on_what_it_moves(spline, inverse):

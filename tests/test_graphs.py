@@ -141,6 +141,19 @@ def test_a_flow_is_exported_in_both_directions(recipe):
         torch.testing.assert_close(exported(x, context), call(x, context))
 
 
+@pytest.mark.parametrize("recipe", [realnvp, iaf])
+@quiet
+def test_a_flow_is_compiled_in_one_graph(recipe):
+    torch._dynamo.reset()
+    flow = recipe(3, context_dim=2, num_transforms=1, hidden_dims=[8])
+    compiled = torch.compile(flow.log_prob, backend="eager", fullgraph=True, dynamic=True)
+    for n in (4, 6):
+        x, context = torch.randn(n, 3), torch.randn(n, 2)
+        torch.testing.assert_close(compiled(x, context), flow.log_prob(x, context))
+    draw = torch.compile(lambda c: flow.rsample((5,), c), backend="eager", fullgraph=True)
+    assert draw(context).shape == (5, 6, 3)
+
+
 @pytest.mark.parametrize("recipe", [iaf, maf, realnvp, neural_spline])
 def test_derivatives_of_the_density_of_one_point(recipe):
     flow = recipe(3).double()
