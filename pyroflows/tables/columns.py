@@ -312,7 +312,8 @@ class Column:
             out[there] = _less(_ticks(cells[there]), self.origin)
             return out
         try:
-            return cells.to_numpy(dtype=float, na_value=np.nan) - self.origin
+            x = cells.to_numpy(dtype=float, na_value=np.nan)
+            return x - self.origin if self.origin else x
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"column {self.name!r} was numeric in fitting; got {cells.dtype}, e.g. "
