@@ -433,9 +433,7 @@ class Flow(PyroModule):
         if getattr(base, "context_dim", 0):
             support = transform.codomain
         else:
-            support = transform._image(
-                base.support if isinstance(base, Flow) else base().support
-            )
+            support = transform._image(base.support if isinstance(base, Flow) else base().support)
         return over(support, len(self.event_shape))
 
     def _parts(self) -> tuple[nn.Module, Bijection]:

@@ -118,9 +118,7 @@ def push(transform: Transform, support: Any) -> constraints.Constraint:
     dtype = torch.float64 if like is None else like.dtype
     with torch.no_grad():
         device = None if like is None else like.device
-        ends = [
-            transform(torch.as_tensor(end, dtype=dtype, device=device)) for end in (low, high)
-        ]
+        ends = [transform(torch.as_tensor(end, dtype=dtype, device=device)) for end in (low, high)]
     low, high = _smallest(*ends), _largest(*ends)
     bounds = Bounds(
         _largest(low, image.low), _smallest(high, image.high), entering.closed or image.closed

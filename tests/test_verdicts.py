@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoDelta
 
-from pyroflows import AutoFlow, diagnose, fit_guide
+from pyroflows import AutoFlow, diagnose, fit_guide, importance_resample
 from pyroflows.guides.routes import _Largest as Largest
 
 
@@ -256,6 +256,18 @@ def test_a_minibatch_alone_is_not_judged():
     verdict = diagnose(subsampled, posterior_of_the_mean(), ROWS[:SIZE], num_samples=500)
     assert not verdict.ok and not verdict.problems
     assert "Not judged: the plate 'row' has 103 rows and the model was given 20" in str(verdict)
+
+
+def test_latents_of_a_subsampled_plate_are_not_judged():
+    def model(y):
+        with pyro.plate("row", N, subsample_size=SIZE) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+    verdict = diagnose(model, AutoFlow(model), ROWS, num_samples=100)
+    assert not verdict.ok and "Not judged: 'z' lies in the plate 'row'" in str(verdict)
+    with pytest.raises(ValueError, match="take a plate of all rows"):
+        importance_resample(model, AutoFlow(model), ROWS, num_samples=10)
 
 
 def test_heavy_weights_make_evidence_and_divergence_lower_bounds():

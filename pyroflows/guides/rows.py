@@ -144,8 +144,8 @@ class WholeDensity(LatentDensity):
                 if plate.name in inside:
                     raise NotJudged(
                         f"'{site.name}' lies in the plate '{plate.name}', which sees "
-                        f"{plate.size} of {plate.full_size} rows: the posterior of one subsample "
-                        "is another one"
+                        f"{plate.size} of {plate.full_size} rows, and the posterior of one "
+                        "subsample is another one: take a plate of all rows"
                     )
         count = math.prod(p.num_blocks for p in self.plates)
         if count > _MOST_BLOCKS:
