@@ -16,6 +16,8 @@ from torch.distributions.utils import lazy_property
 
 __all__ = ["Constants"]
 
+_CONTAINERS = (list, dict)  # a union of types is more than torch.compile reads
+
 
 class Constants(nn.Module):
     """What a distribution or transform is made of, where ``state_dict`` and ``.to()`` see it.
@@ -54,10 +56,13 @@ class Constants(nn.Module):
                 tensor = self._buffers[name]
             elif tensor.shape != shape:
                 tensor = tensor.expand(shape)
-            place = _place(holder)
-            if place[key] is not tensor:
-                place[key], changed = tensor, True
-        if changed:
+            if isinstance(holder, _CONTAINERS):
+                if holder[key] is not tensor:
+                    holder[key], changed = tensor, True
+            elif getattr(holder, key) is not tensor:
+                setattr(holder, key, tensor)
+                changed = True
+        if changed and not torch.compiler.is_compiling():
             self._forget()
         return self.__dict__["thing"]
 
@@ -165,7 +170,7 @@ class Constants(nn.Module):
 
 
 def _place(holder: Any) -> Any:
-    return holder if isinstance(holder, list | dict) else vars(holder)
+    return holder if isinstance(holder, _CONTAINERS) else vars(holder)
 
 
 @functools.cache

@@ -132,7 +132,7 @@ def keep_inside(constraint: Any, value: Tensor) -> tuple[Tensor, Tensor | None]:
     What lies outside by rounding counts as inside. Rows with NaN stay as they are. None for a
     constraint that allows everything, or that cannot be checked.
     """
-    if is_real(constraint) or constraints.is_dependent(constraint):
+    if is_real(constraint) or isinstance(_base(constraint), type(constraints.dependent)):
         return value, None
     bounds, event_dim = Bounds.of(constraint), constraint.event_dim
     if bounds is None:

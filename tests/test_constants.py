@@ -154,3 +154,14 @@ def test_another_flow_as_base():
     with pytest.raises(ValueError, match="a flow itself"):
         Flow(learnable(), T.permute(2))
     assert len(list(Flow(learnable, T.permute(2)).parameters())) == 3
+
+
+def test_constants_and_bounds_compile_to_one_graph():
+    flow = Flow(
+        dist.Normal(numbers(0, 2), numbers(1, 2)),
+        [stock.AffineTransform(numbers(2, 2), 2.0), biject_to(constraints.interval(-5.0, 5.0))],
+    )
+    y = flow.sample((4,))
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(y), flow.log_prob(y))
+    torch._dynamo.reset()
