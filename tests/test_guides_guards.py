@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
 
@@ -117,19 +118,20 @@ EVIDENCE = dist.Normal(0.0, 1.0).cdf(torch.tensor(-1.0)).log().item()  # -1.841
 def test_leaving_the_support_counts():
     guide, result = fitted(half)
     summary = result.diagnostics
-    assert EVIDENCE - 0.03 < summary.elbo < EVIDENCE + 3 * summary.elbo_error
+    assert EVIDENCE - 0.2 < summary.elbo < EVIDENCE + 3 * summary.elbo_error
+    assert summary.log_evidence == pytest.approx(EVIDENCE, abs=0.03)
     assert all(c.elbo < EVIDENCE + 0.05 for c in result.candidates)
     x = guide.sample_posterior(4000)["x"]
-    assert (x < 1.0).float().mean() < 0.05
+    assert (x < 1.0).float().mean() < 0.02
     inside = x[x > 1.0]
     density = dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0)).exp().item()
-    assert inside.mean().item() == pytest.approx(density / math.exp(EVIDENCE), abs=0.03)
+    assert inside.mean().item() == pytest.approx(density / math.exp(EVIDENCE), abs=0.05)
 
 
 def test_weights_of_zero_lower_the_bound():
     lw = torch.tensor([0.5, 0.7, -math.inf, -math.inf])
     summary = summarize_weights(lw)
-    assert summary.elbo == pytest.approx(0.6 + math.log(0.5))
+    assert summary.elbo == pytest.approx(0.6 + 10 * math.log(0.5))
     assert summary.elbo < summary.log_evidence
 
 
@@ -149,8 +151,8 @@ def test_the_gradient_of_a_bound_with_points_outside():
     m = torch.tensor(0.3, requires_grad=True)
     log_inside = dist.Normal(0.0, 1.0).cdf(m / sd).log()
     log_inside.backward()
-    assert loss == pytest.approx(-log_inside.item(), abs=0.01)
-    assert guide.locs.x_unconstrained.grad.item() == pytest.approx(-m.grad.item(), rel=0.03)
+    assert loss == pytest.approx(-10 * log_inside.item(), abs=0.1)
+    assert guide.locs.x_unconstrained.grad.item() == pytest.approx(-10 * m.grad.item(), rel=0.03)
 
 
 def test_a_particle_at_which_the_model_raises_is_counted():
@@ -164,7 +166,8 @@ def test_a_particle_at_which_the_model_raises_is_counted():
         result = fit_guide(model, guide, num_steps=60, seed=0, progress=False)
     assert result.num_failed > 0 and result.num_dropped > 0
     evidence = dist.Normal(0.0, 1.0).cdf(torch.tensor(1.0)).log().item()
-    assert result.diagnostics.elbo == pytest.approx(evidence, abs=0.05)
+    assert result.diagnostics.log_evidence == pytest.approx(evidence, abs=0.05)
+    assert result.diagnostics.num_dropped < 0.03 * result.diagnostics.num_draws
 
 
 def test_parameters_of_the_model_learn_beside_particles_outside():
@@ -291,3 +294,5 @@ def test_labels_under_the_path_gradient_are_refused():
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), PathGradientELBO())
     with pytest.raises(ValueError, match="'k'.*TraceEnum_ELBO"):
         svi.step()
+    with pytest.raises(ValueError, match="'k'.*TraceEnum_ELBO"):
+        fit_guide(model, AutoNormal(poutine.block(model, hide=["k"])), progress=False)

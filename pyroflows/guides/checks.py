@@ -30,6 +30,7 @@ def check_run(
     args: tuple,
     kwargs: dict[str, Any],
     values: Mapping[str, Tensor] | None = None,
+    sums_labels: bool = True,
 ) -> None:
     """Run guide and model once with Pyro's validation on, as ``Trace_ELBO`` does at every step.
 
@@ -39,6 +40,7 @@ def check_run(
         args: Arguments of both.
         kwargs: Keyword arguments of both.
         values: Latents at which the model runs; the guide's own if None.
+        sums_labels: Whether discrete latents that the guide does not know are summed out.
 
     Raises:
         ValueError: What Pyro raises: a log-density that is not of the plates' shape, a value
@@ -51,6 +53,11 @@ def check_run(
         model_trace = poutine.trace(at(model)).get_trace(*args, **kwargs)
         for name, site in list(model_trace.nodes.items()):
             if is_discrete(site) and name not in guide_trace.nodes:
+                if not sums_labels:
+                    raise ValueError(
+                        f"the discrete latent '{name}' is summed out for an AutoFlow over all "
+                        "other latents only; fit this guide by SVI with TraceEnum_ELBO"
+                    )
                 site["is_observed"] = True  # summed out: the guide need not know it
         check_model_guide_match(model_trace, guide_trace)
         model_trace = prune_subsample_sites(model_trace)

@@ -18,6 +18,7 @@ from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
 
 from pyroflows.guides.evaluation import is_discrete
+from pyroflows.guides.weights import OUTSIDE
 
 __all__ = ["PathGradientELBO"]
 
@@ -37,8 +38,8 @@ class PathGradientELBO(ELBO):
 
     Works with any guide whose latents are reparameterized, in place of
     :class:`~pyro.infer.Trace_ELBO`. Where the model has no finite density a sample lies
-    outside of the posterior: the bound, and its gradient, are then those of the guide without such
-    samples, :math:`E_q[\log p - \log q \mid \text{inside}] + \log q(\text{inside})`. Discrete
+    outside of the posterior: the bound and its gradient are then those of
+    :math:`E_q[\log p - \log q \mid \text{inside}] + 10 \log q(\text{inside})`. Discrete
     latents are not summed out.
 
     Cost: the guide runs twice per step, the second time to invert its transforms.
@@ -137,7 +138,7 @@ class PathGradientELBO(ELBO):
         safe = torch.where(ok, log_weights, torch.zeros_like(log_weights))
         if not self.iwae:
             mean = safe.sum() / ok.sum().clamp(min=1)
-            share = ok.double().mean().log().item()
+            share = OUTSIDE * ok.double().mean().log().item()
             return (torch_item(mean) + share if ok.any() else math.nan), mean
         if not ok.any():
             return math.nan, safe.sum()
@@ -166,7 +167,7 @@ class PathGradientELBO(ELBO):
         again.compute_log_prob()
         log_q = self._log_weights(None, prune_subsample_sites(again)).reshape(-1).neg()
         log_q = torch.where(outside & log_q.detach().isfinite(), log_q, 0.0)
-        return log_q.sum() / (~outside).sum()
+        return OUTSIDE * log_q.sum() / (~outside).sum()
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound."""

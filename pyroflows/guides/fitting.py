@@ -24,7 +24,7 @@ from pyroflows.guides.prefit import Gaussian, Target, normal_points, prefit
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.schedule import BasePoints, GradientClipper, Schedule
-from pyroflows.guides.weights import WeightSummary, summarize_weights
+from pyroflows.guides.weights import OUTSIDE, WeightSummary, summarize_weights
 
 __all__ = [
     "FitResult",
@@ -133,9 +133,10 @@ def fit_guide(
     came in.
 
     Where the model has no finite density (-inf, NaN, an exception) a particle lies outside of the
-    posterior: the ELBO is that of the guide without such points,
-    :math:`E_q[\log p - \log q \mid \text{inside}] + \log q(\text{inside})`, still a lower bound of
-    the evidence, and the gradient of :math:`\log q(\text{inside})` drives the guide inside.
+    posterior: the ELBO is
+    :math:`E_q[\log p - \log q \mid \text{inside}] + 10 \log q(\text{inside})`, still a lower bound
+    of the evidence. A per cent of impossible draws costs a tenth of a nat, and the gradient
+    of :math:`\log q(\text{inside})` drives the guide inside.
 
     A guide of another kind gets all of this but the pre-fit and convergence: 1,000 steps if
     ``num_steps`` is None.
@@ -212,7 +213,7 @@ def fit_guide(
             _FlowFit(density, guide, options, result).run()
             _tell_failures(density, result)
         else:
-            check_run(model, guide, args, kwargs)
+            check_run(model, guide, args, kwargs, sums_labels=False)
             with pyro.validation_enabled(False), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Encountered NaN: loss")  # the losses tell
                 _train_any(model, guide, args, kwargs, options, result)
@@ -535,7 +536,7 @@ class _FlowFit:
         self.result.num_dropped += num - count
         bound = lw[inside].logsumexp(0) - math.log(num)
         if not iwae and num_inside:
-            bound = lw[inside].mean() + math.log(num_inside / num)
+            bound = lw[inside].mean() + OUTSIDE * math.log(num_inside / num)
         loss = -(bound + transport.log_det_scale).item() if num_inside else math.nan
         self.result.losses.append(loss)
         if not count:
@@ -554,7 +555,7 @@ class _FlowFit:
         return True
 
     def drive_inside(self, outside: Tensor, num_inside: int) -> None:
-        r"""Add the gradient of :math:`-\log q(\text{inside})`, which the points outside tell.
+        r"""Add the gradient of :math:`-10 \log q(\text{inside})`, which the points outside tell.
 
         .. math:: \nabla \log q(\text{inside})
             = -\tfrac{q(\text{outside})}{q(\text{inside})} E_q[\nabla\log q \mid \text{outside}]
@@ -563,7 +564,7 @@ class _FlowFit:
         log_q = self.transport.log_noise(z) + log_det
         log_q = log_q[log_q.detach().isfinite()]
         if len(log_q):
-            (log_q.sum() / num_inside).backward()
+            (OUTSIDE * log_q.sum() / num_inside).backward()
 
     def of_the_model(self, v: Tensor, ok: Tensor, share: Tensor) -> None:
         """Turn the gradients of the model's parameters, without particles that spoil them."""

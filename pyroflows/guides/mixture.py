@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.guides.prefit import Gaussian, Target, climb, laplace, normal_points
+from pyroflows.guides.weights import OUTSIDE
 
 __all__ = ["Mixture", "MixtureNoise", "find_mixture"]
 
@@ -245,5 +246,5 @@ def _rated(target: Callable[[Tensor], Tensor], mixture: Mixture, num: int = 1024
     log_w = target(u) - mixture.log_prob(u)
     fine = log_w.isfinite()
     if fine.any():
-        mixture.elbo = (log_w[fine].mean() + fine.double().mean().log()).item()
+        mixture.elbo = (log_w[fine].mean() + OUTSIDE * fine.double().mean().log()).item()
     return mixture

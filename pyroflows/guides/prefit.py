@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroflows.guides.weights import OUTSIDE
+
 __all__ = ["Gaussian", "batch_and_match", "climb", "laplace", "prefit"]
 
 
@@ -46,9 +48,9 @@ class Gaussian:
     def rate(self, log_density: Callable[[Tensor], Tensor], num: int = 256) -> Gaussian:
         r"""Set ``elbo``, from ``num`` quasi-random points.
 
-        It is that of the Gaussian without the points of no finite density,
-        :math:`E_q[\log p - \log q \mid \text{finite}] + \log q(\text{finite})`: a bound too, and
-        leaving the support costs. -inf if no point is finite.
+        With points of no finite density it is
+        :math:`E_q[\log p - \log q \mid \text{finite}] + 10 \log q(\text{finite})`: a bound too,
+        and leaving the support costs. -inf if no point is finite.
         """
         z, scale = normal_points(num, len(self.loc), like=self.loc), self.scale_tril
         diagonal = scale.dim() == 1
@@ -61,7 +63,9 @@ class Gaussian:
         if fine.all():
             self.elbo = (log_p.mean() + entropy).item()
         elif fine.any():
-            self.elbo = ((log_p - log_q)[fine].mean() + fine.double().mean().log()).item()
+            self.elbo = (
+                (log_p - log_q)[fine].mean() + OUTSIDE * fine.double().mean().log()
+            ).item()
         if not math.isfinite(self.elbo):
             self.elbo = -math.inf
         return self

@@ -11,6 +11,9 @@ from torch import Tensor
 __all__ = ["WeightSummary", "pareto_k", "smooth_weights", "summarize_weights"]
 
 
+OUTSIDE = 10.0  #: factor of log q(inside) in the ELBO: the least for a bound is 1, without a cost
+
+
 def _fit_generalized_pareto(x: Tensor) -> tuple[float, float]:
     """Shape k and scale of a generalized Pareto on sorted x > 0 (Zhang and Stephens 2009)."""
     n = len(x)
@@ -76,8 +79,8 @@ class WeightSummary:
 
     Attributes:
         elbo: Their mean, in nats; a lower bound of the log-evidence. With weights of zero it is
-            that of the guide without such draws, the mean of the others plus the logarithm of
-            their share: a lower bound too.
+            the mean of the others plus ten times the logarithm of their share: a lower bound too
+            (once would do), in which each per cent of impossible draws costs a tenth of a nat.
         elbo_error: Its standard error.
         log_evidence: The importance-sampling estimate of the log-evidence.
         effective_sample_size: As a fraction of the draws; 1 is exact.
@@ -108,7 +111,7 @@ def summarize_weights(log_weights: Tensor) -> WeightSummary:
         )
     low, high = torch.quantile(finite, torch.tensor([0.16, 0.84]).to(finite)).tolist()
     return WeightSummary(
-        elbo=finite.mean().item() + math.log(len(finite) / len(lw)),
+        elbo=finite.mean().item() + OUTSIDE * math.log(len(finite) / len(lw)),
         elbo_error=(finite.std() / len(finite) ** 0.5).item(),
         log_evidence=(torch.logsumexp(finite, 0) - math.log(len(lw))).item(),
         effective_sample_size=(
