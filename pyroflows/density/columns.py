@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,8 +83,8 @@ class LabelCells(nn.Module):
         known = ~np.isnan(codes)
         held = codes[known].astype(int)
         seen = np.ones(len(held)) if weight is None else weight[known]
-        freq = np.bincount(held[held < count], seen[held < count], minlength=count)
-        freq = (freq[: max(count, 1)] if count else np.ones(1)) + 0.1
+        found = np.bincount(held[held < count], seen[held < count], minlength=count)
+        freq = (found[: max(count, 1)] if count else np.ones(1)) + 0.1
         rank = np.empty(len(freq), int)
         rank[np.argsort(-freq, kind="stable")] = np.arange(len(freq))
         group = np.minimum(rank, max_bins - 1)
@@ -230,11 +230,13 @@ class NumberCells(nn.Module):
         return cls(
             hist,
             scores,
-            *(
-                torch.as_tensor(x, dtype=torch.float64)
-                for x in (column.atoms, middle, spread, mass / mass.sum(), step, anchor)
-            ),
-            torch.tensor([low, high], dtype=torch.float64),
+            float64(column.atoms),
+            float64(middle),
+            float64(spread),
+            float64(mass / mass.sum()),
+            float64(step),
+            float64(anchor),
+            float64([low, high]),
             torch.arange(1, 1 + waves),
             torch.tensor(bool(len(held) < len(values))),
         )
@@ -365,6 +367,11 @@ class NumberCells(nn.Module):
             return x.clamp(self.bounds[0], self.bounds[1])
         half = self.step / 2
         return self.snap(x.clamp(self.bounds[0] + half, self.bounds[1] - half))
+
+
+def float64(x: Any) -> Tensor:
+    """A tensor that rounds nothing, whatever the default dtype."""
+    return torch.as_tensor(x, dtype=torch.float64)
 
 
 def unit_of(spread: float) -> float:

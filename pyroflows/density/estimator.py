@@ -52,8 +52,9 @@ class DensityEstimator(Conventions):
 
     Log-densities are in data units: labels and integers count as probabilities, continuous columns
     as densities, lattice-valued ones as P(cell) / step, datetimes per second. Missing cells are
-    integrated out (exactly if no observed column comes after them in the model's order, which puts
-    columns with missing cells last; else by Monte Carlo with a fixed seed).
+    integrated out: exactly if no observed column comes after them in the model's order (which puts
+    columns with missing cells last) or few labels are missing, by quadrature if one number is, by
+    draws with a fixed seed and a known error else. A row's score is its own.
 
     Args:
         target: Columns to model; None for all that are not given.
@@ -313,7 +314,7 @@ class DensityEstimator(Conventions):
             value = getattr(self, name)
             if name == "max_time" and value is None:
                 continue
-            if not isinstance(value, numbers.Real) or not value > 0:
+            if not isinstance(value, numbers.Real) or not float(value) > 0:
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
 
     def _forget(self) -> None:
@@ -395,8 +396,7 @@ class DensityEstimator(Conventions):
             fold = _folds(n, size, model.members, generator)
             held = (fold >= 0).nonzero()[:, 0]
             valid = model.encode(values[held])
-            few = slice(0, 20000) if n > 20000 else slice(None)
-            start_rare(model, model.encode(values[few]), weight[few])
+            start_rare(model, model.encode(values[:20000]), weight[:20000])
             parts = self._mixtures(model, values, weight, fold, generator) if size <= 20000 else []
             self.model_ = model = model.to(device)
             budget = plan(
@@ -456,7 +456,15 @@ class DensityEstimator(Conventions):
             if len(rows) > 6000:
                 rows = rows[torch.randperm(len(rows), generator=generator)[:6000]]
             if len(rows):
-                out.append(fit_mixture(model, model.encode(values[rows]), weight[rows], generator))
+                out.append(
+                    fit_mixture(
+                        model,
+                        model.encode(values[rows]),
+                        weight[rows],
+                        generator,
+                        seconds=0.15 * (self.max_time or math.inf) / model.members,
+                    )
+                )
         return out if len(out) == model.members else []
 
     def _calibrate(self, values: Tensor, weight: Tensor) -> None:
@@ -908,7 +916,7 @@ def _weights(weight: Any, n: int) -> np.ndarray:
     if weight is None:
         return np.ones(n)
     if isinstance(weight, numbers.Real):
-        weight = np.full(n, float(weight > 0) if weight == weight else weight)
+        weight = np.full(n, float(float(weight) > 0) if weight == weight else weight)
     out = np.array(weight, dtype=float)
     if out.ndim != 1 or len(out) != n:
         raise ValueError(

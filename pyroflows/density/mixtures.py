@@ -189,6 +189,8 @@ class MixedMixture(nn.Module):
             worse += 1
         if best is None:
             raise RuntimeError("no mixture could be fitted")
+        if max_components == 1:
+            return best
         return best._with_rare(numbers, labels, hot, freq, spread, w)
 
     def _with_rare(

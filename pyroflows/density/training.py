@@ -108,9 +108,17 @@ def column_scores(model: TableModel, rows: Rows) -> Tensor:
 
 
 def fit_mixture(
-    model: TableModel, rows: Rows, weight: Tensor, generator: torch.Generator
+    model: TableModel,
+    rows: Rows,
+    weight: Tensor,
+    generator: torch.Generator,
+    *,
+    seconds: float,
 ) -> MixedMixture:
-    """The simple model on encoded rows of weights (N,)."""
+    """The simple model on encoded rows of weights (N,).
+
+    So many classes that a core of 2020 finds them in the given time; that depends on sizes alone.
+    """
     numbers, labels, sizes = [], [], []
     for i, c in enumerate(model.cells):
         x = rows.raw[:, i]
@@ -130,6 +138,7 @@ def fit_mixture(
         [c.is_label for c in model.cells],
         generator=generator,
         weight=weight,
+        max_components=int(min(max(seconds * 2e9 / (400 * n * (len(numbers) + 1) ** 2), 1), 24)),
     )
 
 
@@ -151,7 +160,8 @@ def start_rare(model: TableModel, rows: Rows, weight: Tensor) -> None:
         weight: Their weights.
     """
     scores = [
-        None if c.is_label else _standing(c, rows.raw[:, i]) for i, c in enumerate(model.cells)
+        _standing(c, rows.raw[:, i]) if isinstance(c, NumberCells) else None
+        for i, c in enumerate(model.cells)
     ]
     for i, c in enumerate(model.cells):
         if not c.is_label or len(rows) < 20 * RARE[0]:
@@ -159,7 +169,7 @@ def start_rare(model: TableModel, rows: Rows, weight: Tensor) -> None:
         codes = torch.where(rows.raw[:, i].isnan(), -1, c.encode(rows.raw[:, i]).cell)
         for b in range(c.num_bins):
             mine = weight * (codes == b)
-            if RARE[0] <= mine.sum() <= min(RARE[1], 0.02 * weight.sum()):
+            if RARE[0] <= float(mine.sum()) <= min(RARE[1], 0.02 * float(weight.sum())):
                 _start_given(model, rows, scores, mine, i, b)
                 if i >= model.num_given:
                     _start_label(model, scores, mine, i, b)
