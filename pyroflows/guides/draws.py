@@ -77,7 +77,9 @@ def posterior_density(
     if isinstance(guide, SavedGuide):
         guide.remember(model)
     names = guided_sites(guide, args, kwargs)
-    centre = guide._modules["transport"].loc.clone() if isinstance(guide, AutoFlow) else None
+    centre = None
+    if isinstance(guide, AutoFlow) and guide.local is None and guide.latent_dim:
+        centre = guide._modules["transport"].loc.clone()
     density = WholeDensity(model, args, kwargs, names=names, centre=centre)
     lacking = {
         name for name, site in density.trace(density.init_loc).nodes.items() if _is_latent(site)
