@@ -68,8 +68,8 @@ class Autoregressive(Bijection):
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if y.dim() == 1:  # torch promotes the derivatives of tensors without an axis
-            x, log_det = self._inverse_and_log_det(y.unsqueeze(0), context)
-            return x.squeeze(0), log_det.squeeze(0)
+            row, log_det = self._inverse_and_log_det(y.unsqueeze(0), context)
+            return row.squeeze(0), log_det.squeeze(0)
         columns = y.movedim(-1, 0).contiguous().unbind(0)
         sequence = self.conditioner.sequential(y.shape[:-1], context)
         x, log_slopes = list(columns), []
