@@ -1,5 +1,6 @@
 """Fitting under other people's settings: weights, absurd scales, point masses, interruptions."""
 
+import itertools
 import signal
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pyroflows.density import DensityEstimator
+from pyroflows.density import DensityEstimator, training
 from pyroflows.density.columns import moments, repeated
 from pyroflows.density.mixtures import MixedMixture
 
@@ -257,3 +258,18 @@ def test_rare_labels_are_learned(first):
     assert (drawn["kind"] == "rare").mean() == pytest.approx(10 / n, abs=4e-3)
     assert (model.sample(1000, {"kind": "rare"})["group"] == "yes").mean() > 0.6
     assert model.mean({"kind": "u"})["x"][0] == pytest.approx(0, abs=0.25)
+
+
+def test_the_clock_enters_the_schedule_only_where_it_cuts_it(monkeypatch):
+    frame = small(150)
+
+    def fitted(pace):
+        """A fit on a clock of so many seconds per reading, of 90."""
+        readings = itertools.count(1)
+        monkeypatch.setattr(training._Clock, "seconds", lambda self: pace * next(readings))
+        return DensityEstimator(**QUICK).fit(frame)
+
+    quick, loaded, slow = fitted(0.01), fitted(0.2), fitted(9.0)
+    np.testing.assert_array_equal(quick.score_samples(frame), loaded.score_samples(frame))
+    assert quick.history_["lr"].equals(loaded.history_["lr"])
+    assert slow.history_["step"].max() < 12 < quick.history_["step"].max()
