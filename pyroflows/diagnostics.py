@@ -34,6 +34,7 @@ from pyroflows.guides.probes import (
     find_modes,
     scattered_starts,
 )
+from pyroflows.guides.routes import seeded
 from pyroflows.guides.rows import NotJudged, WholeDensity
 from pyroflows.guides.weights import WeightSummary, pareto_k, smooth_weights, summarize_weights
 
@@ -199,8 +200,7 @@ def diagnose(
     else:
         _judge_weights(seen, weights, divergence, shifts)
         if search:
-            with torch.random.fork_rng(), pyro.validation_enabled(False):
-                torch.manual_seed(0)
+            with seeded(0), pyro.validation_enabled(False):
                 _look_elsewhere(seen, density, draws, weights, w, begun + max_time)
         else:
             seen.skipped("no search for other modes, no chains (search=False)")

@@ -395,3 +395,19 @@ def test_angles_that_are_not_used_as_such_keep_the_priors_range():
     expected = dist.VonMises(0.0, 1.0).log_prob(inside)
     expected = expected + dist.Normal(2 * inside, 3.0).log_prob(torch.tensor(4.0))
     assert mass.item() == pytest.approx(torch.trapezoid(expected.exp(), inside).item(), rel=0.02)
+
+
+def test_nothing_of_the_model_is_seen_around_its_density():
+    def model(y):
+        scale = pyro.param("scale", torch.tensor(1.0))
+        m = pyro.sample("m", dist.Normal(0.0, scale))
+        pyro.factor("f", -m.square())
+        pyro.deterministic("twice", 2 * m)
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    density = LatentDensity(model, (torch.zeros(3),))
+    with poutine.trace() as seen:
+        density(torch.zeros(4, 1))
+    assert {n for n, s in seen.trace.nodes.items() if s["type"] == "sample"} == set()
+    assert "scale" in seen.trace.nodes  # a parameter of the model is trained with the guide

@@ -311,7 +311,7 @@ class LatentDensity:
             free=self._free_sites,
             onto=self._onto,
         )
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]):
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample", "observe"]):
             if not self.enumerated:
                 with run:
                     self.model(*self.args, **self.kwargs)

@@ -25,15 +25,27 @@ __all__ = [
 ]
 
 
+def _rewinder() -> Callable[[], None]:
+    """What takes torch, on all devices, NumPy and ``random`` back to their present states."""
+    host = get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def rewind() -> None:
+        set_rng_state(host)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+    return rewind
+
+
 @contextmanager
 def preserved() -> Iterator[Callable[[], None]]:
     """Give the random states of torch, NumPy and ``random`` back; yields what rewinds them."""
-    with torch.random.fork_rng():
-        state = get_rng_state()
-        try:
-            yield lambda: set_rng_state(state)
-        finally:
-            set_rng_state(state)
+    rewind = _rewinder()
+    try:
+        yield rewind
+    finally:
+        rewind()
 
 
 @contextmanager
@@ -62,11 +74,11 @@ def gathered(
         join: :func:`torch.stack` or :func:`torch.cat`.
         rewinds: Whether every call sees the same random numbers.
     """
-    state = get_rng_state() if rewinds else None
+    rewind = _rewinder() if rewinds else None
     found = []
     for part in parts:
-        if state is not None:
-            set_rng_state(state)
+        if rewind is not None:
+            rewind()
         found.append(tree_flatten(function(part)))
     columns = zip(*(leaves for leaves, _ in found), strict=True)
     return tree_unflatten([join(list(c)) for c in columns], found[0][1])
