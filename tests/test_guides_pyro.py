@@ -43,6 +43,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
 from pyroflows import AmortizedFlow, AutoFlow, fit_guide
+from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import Gaussian
 
 
@@ -663,9 +664,16 @@ def test_draws_lie_in_the_support_and_have_their_density(name, batch):
         torch.testing.assert_close(total, torch.tensor(1.0), atol=2e-3, rtol=0)
 
 
-def test_supports_without_a_bijection_are_named():
+@pytest.mark.parametrize(
+    "support",
+    [constraints.lower_cholesky, constraints.symmetric, constraints.lower_triangular]
+    + [constraints.square, constraints.independent(constraints.symmetric, 1)],
+    ids=str,
+)
+def test_supports_without_a_bijection_are_named(support):
     def model():
-        pyro.sample("factor", dist.ImproperUniform(constraints.lower_cholesky, (), (3, 3)))
+        pyro.sample("factor", dist.ImproperUniform(support, (), (3, 3)))
 
-    with pytest.raises(NotImplementedError, match="'factor'.*no bijection"):
-        AutoFlow(model).setup()
+    for use in (lambda: AutoFlow(model).setup(), lambda: LatentDensity(model)):
+        with pytest.raises(NotImplementedError, match="'factor'.*no bijection"):
+            use()

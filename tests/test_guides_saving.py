@@ -166,10 +166,59 @@ def test_state_for_a_guide_that_has_not_seen_its_model():
     expected = guide.median(x, y)
     for other in (fresh, twin):
         torch.testing.assert_close(other.median(x, y), expected)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        other = AutoFlow(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+    other = AutoFlow(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+    other.load_state_dict(guide.state_dict())
+    for _ in range(2):  # no second call takes the start for the state
+        with pytest.raises(RuntimeError, match="a guide for the latents .*slope.* is for .*x"):
+            other.setup()
+
+
+def _two(first, second, batch=()):
+    def model():
+        pyro.sample(first, dist.Normal(0.0, 1.0).expand(batch).to_event(len(batch)))
+        pyro.sample(second, dist.LogNormal(0.0, 1.0))
+
+    return model
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(
+    "model", [_two("a", "c"), _two("b", "a"), _two("a", "b", (1,))], ids=["name", "order", "shape"]
+)
+def test_a_state_of_another_model_is_refused(model, seen, tmp_path):
+    guide = AutoFlow(_two("a", "b")).setup()
+    guide.place(Gaussian(torch.tensor([2.0, -1.0]), 0.1 * torch.eye(2)))
+    old = {k: v for k, v in guide.state_dict().items() if k != "site_names"}
+    AutoFlow(_two("a", "b")).setup().load_state_dict(old)  # from before there were names
+    other = AutoFlow(model)
+    if seen:
+        before = {k: v.clone() for k, v in other.setup().state_dict().items()}
+    with pytest.raises(RuntimeError, match="load it into a guide of the model"):
         other.load_state_dict(guide.state_dict())
         other.setup()
+    if seen:
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    SVI(_two("a", "b"), guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    with pytest.raises(RuntimeError, match="load it into a guide of the model"):
+        AutoFlow(model).setup()
+    AutoFlow(_two("a", "b")).setup()
+
+
+def test_amortized_states_of_another_model_are_refused():
+    def other(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("w", dist.Normal(0.0, pyro.sample("scale", dist.LogNormal(0.0, 0.5))))
+            likelihood = dist.Normal(z.unsqueeze(-1), 0.5).expand([*z.shape, 2]).to_event(1)
+            pyro.sample("x", likelihood, obs=x)
+
+    guide = guide_models.make_factor_guide().setup(torch.randn(6, 2))
+    same, strange = guide_models.make_factor_guide(), AmortizedFlow(other, nn.Linear(2, 4), 4)
+    same.setup(torch.randn(4, 2)).load_state_dict(guide.state_dict())  # whatever the rows
+    with pytest.raises(RuntimeError, match="load it into a guide of the model"):
+        strange.setup(torch.randn(6, 2)).load_state_dict(guide.state_dict())
 
 
 def test_amortized_state_before_the_model_was_seen_and_pickle():

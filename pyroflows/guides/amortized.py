@@ -12,16 +12,15 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
 from pyroflows.conditioners import Dense, Free
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.evaluation import bijection_of
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.supports import fixed_rows, placed
 from pyroflows.guides.transport import who_moves
@@ -341,8 +340,7 @@ class _LocalSite:
             site["fn"].support,
             site["fn"].event_dim,
         )
-        with helpful_support_errors(site):
-            u = biject_to(self.support).inv(site["value"])
+        u = bijection_of(site).inv(site["value"])
         event_dim = self.event_dim + u.dim() - site["value"].dim()
         self.event_shape = u.shape[u.dim() - event_dim :]
         self.size = math.prod(self.event_shape)

@@ -15,10 +15,11 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
+from pyroflows.guides.evaluation import onto_support
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.local import LocalNormals
 from pyroflows.guides.mixture import Mixture, MixtureNoise
@@ -145,7 +146,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
     def _starts(self) -> dict[str, tuple[dict[str, Any], Tensor]]:
         """Each latent site and its initial unconstrained value."""
         return {
-            name: (site, biject_to(site["fn"].support).inv(site["value"]))
+            name: (site, onto_support(site["fn"].support).inv(site["value"]))
             for name, site in self.prototype_trace.iter_stochastic_nodes()
         }
 
@@ -280,7 +281,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
             nesting = max(len(s["fn"].batch_shape) for s in self._sites())
             spread = flat.reshape(len(flat), *(1,) * nesting, self.latent_dim)
             values = {
-                s["name"]: biject_to(s["fn"].support)(u) for s, u in self._unpack_latent(spread)
+                s["name"]: onto_support(s["fn"].support)(u) for s, u in self._unpack_latent(spread)
             }
         return {
             s["name"]: values[s["name"]].reshape(batch + s["value"].shape) for s in self._sites()

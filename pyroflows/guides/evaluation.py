@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution, Unit
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.rings import LogRing
@@ -32,6 +33,7 @@ __all__ = [
     "Evaluation",
     "Inverse",
     "Labels",
+    "bijection_of",
     "exposed",
     "is_circular",
     "is_discrete",
@@ -105,6 +107,24 @@ def onto_support(support: Any) -> Any:
     """``biject_to(support)``, also for a mixture's, which is that of its components."""
     mixture = isinstance(support, MixtureSameFamilyConstraint)
     return biject_to(support.base_constraint if mixture else support)
+
+
+def bijection_of(site: Mapping[str, Any]) -> Any:
+    """The transform from real numbers onto the support of a site.
+
+    Raises:
+        NotImplementedError: If there is none; the message names the site.
+    """
+    try:
+        with helpful_support_errors(site):
+            return onto_support(site["fn"].support)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"latent site '{site['name']}' has the support {site['fn'].support}, onto which "
+            "PyTorch knows no bijection from real numbers: build the value from other latents (a "
+            "covariance from LKJCholesky and scales, say), or register one in "
+            "torch.distributions.biject_to"
+        ) from error
 
 
 class Evaluation(Messenger):

@@ -23,16 +23,16 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform, identity_transform, transform_to
+from torch.distributions import Transform, identity_transform
 from torch.nn.functional import logsigmoid
 
 from pyroflows.guides.evaluation import (
     Evaluation,
     Inverse,
     Labels,
+    bijection_of,
     exposed,
     is_circular,
     is_discrete,
@@ -66,7 +66,7 @@ def init_where_possible(init_loc_fn: Callable, site: dict[str, Any]) -> Tensor:
         return init_loc_fn(site)
     except NotImplementedError:
         fn = site["fn"]
-        transform = transform_to(fn.support)
+        transform = bijection_of(site)
         shape = transform.inverse_shape(fn.shape())
         return transform(torch.zeros(shape)).broadcast_to(fn.shape())
 
@@ -192,8 +192,7 @@ class LatentDensity:
                 continue
             if names is not None and name not in names:
                 continue
-            with helpful_support_errors(site):
-                value = onto_support(site["fn"].support).inv(site["value"])
+            value = bijection_of(site).inv(site["value"])
             event_dim = site["fn"].event_dim + value.dim() - site["value"].dim()
             start = sum(s.size for s in self.sites)
             shapes = tuple(value.shape), event_dim, tuple(site["value"].shape)

@@ -17,8 +17,8 @@ import pyro.distributions as dist
 import torch
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
+from pyroflows.guides.evaluation import onto_support
 from pyroflows.guides.supports import unplaced
 
 __all__ = ["LocalNormals"]
@@ -113,7 +113,7 @@ class LocalNormals(nn.Module):
         return None if z is None else z.reshape(z.shape[:-1] + (1,) * plates + z.shape[-1:])
 
     def _value(self, name: str, u: Tensor) -> Tensor:
-        return biject_to(self.sites[name]["fn"].support)(u)
+        return onto_support(self.sites[name]["fn"].support)(u)
 
 
 def _key(name: str) -> str:

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import inspect
+import json
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -17,11 +18,10 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.nn import PyroModule
 from torch import Tensor
-from torch.distributions import biject_to
 
+from pyroflows.guides.evaluation import bijection_of
 from pyroflows.guides.latent import LatentDensity, init_where_possible
 from pyroflows.guides.routes import preserved
 from pyroflows.guides.supports import (
@@ -118,12 +118,13 @@ class SavedGuide(AutoGuide):
             self._check_arguments(args, kwargs)
             try:
                 self._setup_prototype(*args, **kwargs)
+                self.register_buffer("site_names", self._site_names())
+                if self._pending_state is not None:
+                    self.load_state_dict(self._pending_state)
             except BaseException:
                 self.prototype_trace = None  # nothing half made
                 raise
-            state, self._pending_state = self._pending_state, None
-            if state is not None:
-                self.load_state_dict(state)
+            self._pending_state = None
         if pyro.settings.get("module_local_params"):
             for parameter in self.parameters():  # Pyro asks for it, of its own parameters only
                 parameter.unconstrained = weakref.ref(parameter)
@@ -159,7 +160,7 @@ class SavedGuide(AutoGuide):
                     f"init_loc_fn gave site '{name}' a value of shape {tuple(value.shape)}; "
                     f"expected {tuple(fn.shape())}"
                 )
-            transform = _bijection(site)
+            transform = bijection_of(site)
             again = transform(transform.inv(value))
             if not torch.allclose(again, value, rtol=1e-2, atol=1e-2):
                 raise ValueError(
@@ -318,32 +319,50 @@ class SavedGuide(AutoGuide):
         for key, value in (self._pending_state or {}).items():
             destination[prefix + key] = value
 
+    def _site_names(self) -> Tensor:
+        """Names and shapes of the latents, as the bytes of a text: a buffer, so that all carry it.
+
+        Without the rows of plates where these change.
+        """
+        sites = [
+            [name, list(site["fn"].event_shape if self._follows_plates else site["value"].shape)]
+            for name, site in self.prototype_trace.iter_stochastic_nodes()
+        ]
+        return torch.tensor(list(json.dumps(sites).encode()), dtype=torch.uint8)
+
+    def _check_sites(self, found: Tensor) -> None:
+        """Raise if a state is that of a guide for other latents."""
+        theirs, mine = (bytes(t.tolist()).decode() for t in (found, self._buffers["site_names"]))
+        if theirs != mine:
+            raise RuntimeError(
+                f"this state is of a guide for the latents {theirs}; this {type(self).__name__} "
+                f"is for {mine}: load it into a guide of the model that it was made for"
+            )
+
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        *args: Any,
     ) -> None:
         if self.prototype_trace is None:  # kept for when the model is seen
             own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
             self._pending_state = own or None
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        key = f"{prefix}site_names"
+        if key in state_dict:
+            self._check_sites(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
+        if key in missing:  # a state from before there were names
+            missing.remove(key)
 
 
 def is_subsampled(site: Mapping[str, Any]) -> bool:
     """Whether the site lies in a plate of which the model sees a part at a time."""
     return any(f.full_size is not None and f.full_size != f.size for f in site["cond_indep_stack"])
-
-
-def _bijection(site: dict[str, Any]) -> Any:
-    try:
-        with helpful_support_errors(site):
-            return biject_to(site["fn"].support)
-    except NotImplementedError as error:
-        raise NotImplementedError(
-            f"latent site '{site['name']}' has the support {site['fn'].support}, onto which "
-            "PyTorch knows no bijection from real numbers: build the value from other latents (a "
-            "covariance from LKJCholesky and scales, say), or register one in "
-            "torch.distributions.biject_to"
-        ) from error
 
 
 class _Plate:

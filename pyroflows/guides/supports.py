@@ -15,8 +15,9 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to, register_kl
+from torch.distributions import register_kl
 
+from pyroflows.guides.evaluation import onto_support
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import normal_points
 
@@ -51,7 +52,7 @@ def teach_divergence() -> None:
 
 def placed(u: Tensor, support: Any, event_dim: int) -> Placed:
     """A guide site at the image of ``u``, ``(*batch, *unconstrained event)``, on a support."""
-    transform = biject_to(support)
+    transform = onto_support(support)
     value = transform(u)
     log_density = value.new_zeros(value.shape[: value.dim() - event_dim])
     if poutine.get_mask() is not False:
@@ -62,7 +63,7 @@ def placed(u: Tensor, support: Any, event_dim: int) -> Placed:
 
 def unplaced(value: Tensor, support: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Where a value ``(*batch, *shape)`` is from: flat u ``(*batch, n)``, and log|det dx/du|."""
-    transform = biject_to(support)
+    transform = onto_support(support)
     batch = value.shape[: value.dim() - len(shape)]
     u = transform.inv(value)
     log_det = transform.log_abs_det_jacobian(u, value)
@@ -164,7 +165,7 @@ class ModelSupports:
         """Dimensions that the unconstrained event has more than the constrained one."""
         site = self.sites[name]
         return (
-            len(biject_to(site["fn"].support).inverse_shape(site["value"].shape))
+            len(onto_support(site["fn"].support).inverse_shape(site["value"].shape))
             - site["value"].dim()
         )
 
