@@ -440,6 +440,7 @@ def _ask_prior(
         num = 500 if few else max(500, min(num, 2**27 // density.elements))
         values, log_q = GuideRuns(prior, density.args, density.kwargs, density)(num)
         u = density.unconstrain(values)
+        u = torch.where(density.free, torch.randn_like(u), u)  # their density, whatever was drawn
         log_w = density.over_values()(flat_values(density, values)) - log_q
     w = torch.softmax(log_w.double().nan_to_num(-math.inf), 0)
     u, w = u[u.isfinite().all(-1)].double(), w[u.isfinite().all(-1)]

@@ -261,6 +261,25 @@ def test_a_minibatch_alone_is_not_judged():
     assert "Not judged: the plate 'row' has 103 rows and the model was given 20" in str(verdict)
 
 
+def test_entries_that_nothing_depends_on_are_right():
+    y, seen = torch.tensor([1.0, 2.0, 3.0, 0.5]), torch.tensor([True, False, True, True])
+
+    def model():
+        m = pyro.sample("m", dist.Normal(3.0, 1.0))
+        with pyro.plate("row", 4):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y, obs_mask=seen)
+
+    def guide():
+        m = pyro.sample("m", dist.Normal((3 + y[seen].sum()) / 4, 0.5))
+        with pyro.plate("row", 4):
+            mean, sd = torch.where(seen, 0.0, m), 1.0  # standard where y was observed
+            pyro.sample("y_unobserved", dist.Normal(mean, sd))
+
+    verdict = diagnose(model, guide, num_samples=1000)
+    assert verdict.ok and verdict.weights.log_weight_sd < 1e-3, verdict
+    assert "compared" in str(verdict)
+
+
 def test_latents_of_a_subsampled_plate_are_not_judged():
     def model(y):
         with pyro.plate("row", N, subsample_size=SIZE) as index:
