@@ -265,7 +265,14 @@ def test_conditionals_are_one_law(numbers):
     laws = [law for _, _, law in model.model_.walk(values) if isinstance(law, Numbers)]
     for law in laws:
         c = law.cells
+        ends = torch.tensor([-torch.inf, torch.inf]).double().expand(3, -1)
+        torch.testing.assert_close(law.cdf(ends), torch.tensor([0.0, 1.0]).double().expand(3, -1))
         if c.step > 0:
+            alone, beside = (
+                c.snap(torch.tensor([0.3]).double()),
+                torch.tensor([0.3, 1e15]).double(),
+            )
+            assert alone == c.snap(beside)[:1]
             x = (c.anchor + c.step * torch.arange(-400, 400)).expand(3, -1)
             p = law.log_prob(x).exp() * c.step
             torch.testing.assert_close(law.cdf(x), p.cumsum(1), atol=1e-5, rtol=0)

@@ -252,12 +252,10 @@ class NumberCells(nn.Module):
         if self.step == 0:
             return x
         out = self.anchor + ((x - self.anchor) / self.step).round() * self.step
-        size = max(
-            abs(float(self.anchor)), float(out.abs().max()) if len(out) else 0.0, float(self.step)
-        )
-        digits = int(
-            min(15 - math.ceil(math.log10(size)), 5 - math.floor(math.log10(float(self.step))))
-        )
+        step, edges = float(self.step), self.ends()
+        # of the column, not of x: what a value becomes must not depend on those beside it
+        size = max(abs(float(self.anchor)), float(edges[edges.isfinite()].abs().max()), step)
+        digits = int(min(15 - math.ceil(math.log10(size)), 5 - math.floor(math.log10(step))))
         return out.round(decimals=digits) if digits >= 0 else out
 
     def encode(self, x: Tensor, *, lattice: bool = True) -> Encoded:
