@@ -119,6 +119,26 @@ def test_normal_scores_are_smooth_increasing_and_invertible(law, lower):
     assert abs(float(scores(torch.tensor(x))[0].std()) - 1) < 0.15
 
 
+@pytest.mark.parametrize("n", [100, 500, 5000])
+def test_normal_scores_rise_beyond_a_largest_value_that_many_rows_share(n):
+    """Excesses that are all zero have no scale: the tail was flat, and logistics reached 1e18."""
+    rng = np.random.default_rng(0)
+    for x in (rng.integers(1, 40, n), rng.integers(1, 11, n), -np.floor(rng.exponential(3, n))):
+        scores = NormalScores.fit(x, lower=x.min())
+        far = x.max() + x.std() * np.array([10.0, 100.0])
+        # A unit logistic has a part in 100 beyond 4.6, and in 3,000 beyond 8.
+        assert (scores(torch.as_tensor(far))[0] > torch.tensor([4.6, 8.0])).all()
+
+
+def test_draws_of_whole_numbers_stay_near_the_data():
+    rng = np.random.default_rng(1)
+    table = pd.DataFrame({"days": rng.integers(1, 40, 400), "z": rng.normal(size=400)})
+    model = DensityEstimator(random_state=0, max_steps=60).fit(table)
+    days = model.sample(5000)["days"]
+    assert days.max() < 200
+    assert abs(days.mean() - 20) < 4 * 11.3 / np.sqrt(5000) + 11.3 / np.sqrt(400) * 3
+
+
 def test_mixture_agrees_with_scipy_and_reads_columns_in_order():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(3, 2, 2))

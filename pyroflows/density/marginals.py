@@ -485,7 +485,7 @@ class NormalScores(nn.Module):
             for side in (0, -1):
                 room = -scale[side] / shape[side] if shape[side] < 0 else np.inf
                 if room > 2 * spread:  # no bound, or a far one
-                    beta = max(scale[side], 1e-3 / slopes[side])
+                    beta = max(scale[side], 1 / (3 * slopes[side] * max(edge, 1.0)))
                     scale[side], shape[side] = _ended(beta, max(shape[side], 0.05), room)
                     # Mills' ratio: beyond z an exponential tail of scale beta has normal scores of
                     # slope 1 / (beta z).
