@@ -11,14 +11,14 @@ from torch.distributions import Distribution, TransformedDistribution, register_
 __all__ = ["entropy", "kl_divergence", "register_kl_of"]
 
 
-def entropy(p: Distribution, num_samples: int | None = None, *, return_error: bool = False) -> Any:
+def entropy(p: Any, num_samples: int | None = None, *, return_error: bool = False) -> Any:
     r"""Estimate :math:`H(p) = -E_p[\log p(x)]` in nats.
 
     The gradient is right: along the draws where p can, else by the score function with the other
     draws' mean as baseline.
 
     Args:
-        p: A distribution, such as ``flow(context)``.
+        p: A distribution, such as ``flow(context)``; or a flow that needs no context.
         num_samples: Number of draws; 256 if None, fewer for large batches.
         return_error: Whether to return the standard error of the estimate too.
 
@@ -28,13 +28,14 @@ def entropy(p: Distribution, num_samples: int | None = None, *, return_error: bo
     Raises:
         ValueError: If ``num_samples`` is below 1, or below 2 where the error is asked for.
     """
+    p = _distribution(p)
     x, log_p = _draw(p, (_count(p, num_samples, return_error),))
     return _mean(-log_p, log_p, p.has_rsample, return_error)
 
 
 def kl_divergence(
-    p: Distribution,
-    q: Distribution,
+    p: Any,
+    q: Any,
     num_samples: int | None = None,
     *,
     return_error: bool = False,
@@ -44,8 +45,9 @@ def kl_divergence(
     Gradients as in :func:`entropy`, to p and q. Infinite where p draws what q excludes.
 
     Args:
-        p: A distribution, such as ``flow(context)``; it is drawn from.
-        q: A distribution of the same event shape; its batch shape broadcasts with that of p.
+        p: A distribution, such as ``flow(context)``, or a flow that needs no context; it is drawn
+            from.
+        q: The same, of the same event shape; its batch shape broadcasts with that of p.
         num_samples: Number of draws; 256 if None, fewer for large batches.
         return_error: Whether to return the standard error of the estimate too.
 
@@ -57,6 +59,7 @@ def kl_divergence(
         ValueError: If event shapes differ, or ``num_samples`` is below 1, or below 2 where the
             error is asked for.
     """
+    p, q = _distribution(p), _distribution(q)
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"kl_divergence expects distributions of the same events; got event shapes "
@@ -65,6 +68,11 @@ def kl_divergence(
     wider = max(0, len(q.batch_shape) - len(p.batch_shape))
     x, log_p = _draw(p, (_count(p, num_samples, return_error), *[1] * wider))
     return _mean(log_p - q.log_prob(x), log_p, p.has_rsample, return_error)
+
+
+def _distribution(p: Any) -> Any:
+    """The distribution of a flow without context; a distribution as it is."""
+    return p if isinstance(p, Distribution) else p.distribution()
 
 
 def _count(p: Distribution, num_samples: int | None, return_error: bool) -> int:

@@ -133,6 +133,9 @@ def test_entropy_and_divergence_of_normals_with_their_errors():
         (p.kl_divergence(q, 4000, return_error=True), exact),
         (p.kl_divergence(exact_q, 4000, return_error=True), exact),
         (pf.kl_divergence(exact_p, q(), 4000, return_error=True), exact),
+        (pf.kl_divergence(exact_p, q, 4000, return_error=True), exact),
+        (pf.kl_divergence(p, exact_q, 4000, return_error=True), exact),
+        (pf.entropy(p, 4000, return_error=True), exact_p.entropy()),
     ]:
         value, error = got
         assert 0 < error < 0.05 and abs(value - right) < 4 * error
