@@ -48,7 +48,7 @@ def test_every_sample_keeps_every_constraint(tmp_path):
         assert (model.score_samples(broken) == -np.inf).all()
     summary = model.summary()["model"]
     assert summary["c"] == "= a + b, determined"
-    assert summary["end"].startswith("> start; the difference: lattice, step 1 days, >= 86400")
+    assert summary["end"].startswith("> start; the difference: lattice, step 1 days, >= 1 days")
     model.save(tmp_path / "m")
     again = DensityEstimator.load(tmp_path / "m")
     np.testing.assert_array_equal(again.score_samples(table), score)
@@ -140,6 +140,10 @@ def test_half_known_rows_are_refused():
     assert (full["start"] < full["end"]).all()
     with pytest.raises(ValueError, match="ties it to"):
         model.sample(2, {"end": table["end"][0]})
+    with pytest.raises(ValueError, match=r"difference's smallest .* 1 days; .*'end' > start"):
+        model.sample(2, {"start": "2024-05-01", "end": "2024-04-01"})
+    with pytest.raises(ValueError, match=r"^unknown columns \['stop'\]; the fit had"):
+        model.sample(2, {"stop": 1})
 
 
 # ---------------------------------------------------------------------- keys and text

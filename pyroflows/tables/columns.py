@@ -466,7 +466,7 @@ class Column:
             return str(value)
         if (_unit(self.dtype) or self.origin) and self.relation is None:
             return str(self._numbers(np.array([value])).iloc[0])
-        return f"{value:.10g}"
+        return self._span(value) if self.relation is not None else f"{value:.10g}"
 
     def few(self) -> str:
         """Some of the levels, as they are written."""
@@ -497,18 +497,19 @@ class Column:
                 else "labels"
             )
             return f"{len(self.levels)} {word}" if self.levels else "empty"
-        parts = [f"lattice, step {self._step()}" if self.step else "continuous"]
+        parts = [f"lattice, step {self._span(self.step)}" if self.step else "continuous"]
         parts += [f">= {self.shown(self.lower)}"] if self.lower is not None else []
         parts += [f"<= {self.shown(self.upper)}"] if self.upper is not None else []
         atoms = ", ".join(self.shown(a) for a in self.atoms)
         return ", ".join([*parts, *([f"point masses at {atoms}"] if atoms else [])])
 
-    def _step(self) -> str:
+    def _span(self, value: float) -> str:
+        """A difference of two values, in words for times."""
         import pandas as pd
 
-        if _unit(self.dtype) and self.step and self.step >= 1:
-            return str(pd.Timedelta(seconds=self.step)).replace(" 00:00:00", "")
-        return f"{self.step:.10g}"
+        if _unit(self.dtype) and value >= 1:
+            return str(pd.Timedelta(seconds=value)).replace(" 00:00:00", "")
+        return f"{value:.10g}"
 
     # ------------------------------------------------------------------ JSON
 

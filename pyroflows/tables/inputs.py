@@ -90,7 +90,8 @@ def possible(
             good &= ~bad
     broken = schema.broken(frame)
     if broken.any():
-        said.append(f"{int(broken.sum())} rows break a constraint")
+        told = ", ".join(f"{c.name!r} {c.relation}" for c in schema if c.relation is not None)
+        said.append(f"{int(broken.sum())} rows break a constraint ({told})")
         good &= ~broken
     if said and not good.any():
         raise ValueError("; ".join(said))
@@ -112,12 +113,13 @@ def _impossible(column: Column, x: np.ndarray, scored: bool) -> tuple[np.ndarray
     if not scored:
         return np.zeros(len(x), dtype=bool), None
     ends = f"{column.shown(column.lower)} to {column.shown(column.upper)}"
+    it, its = ("it", "its") if column.relation is None else ("the difference", "the difference's")
     bounds = (
-        f"its smallest possible value is {column.shown(low)}"
+        f"{its} smallest possible value is {column.shown(low)}"
         if column.upper is None
-        else f"its largest possible value is {column.shown(high)}"
+        else f"{its} largest possible value is {column.shown(high)}"
         if column.lower is None
-        else f"it goes from {ends}"
+        else f"{it} goes from {ends}"
     )
     slack = 1e-6 * (column.step or 0.0)
     return (x < low - slack) | (x > high + slack), lambda c: f"value {c}; {bounds}"

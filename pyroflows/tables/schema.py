@@ -286,6 +286,8 @@ class Schema:
         """
         absent = [c for c in self.names if c not in frame.columns]
         unknown = [c for c in frame.columns if c not in self._place]
+        if unknown and partial:
+            raise ValueError(f"unknown columns {unknown}; the fit had {self.names}")
         if unknown or (absent and not partial):
             raise ValueError(
                 f"columns differ from those of the fit: missing {absent}, unknown {unknown}; "
