@@ -82,7 +82,7 @@ class FitResult:
         notes += ["converged"] if self.converged else []
         notes += ["put back to where it began"] if self.reverted else []
         notes += [f"stopped by {self.stopped}"] if self.stopped else []
-        return f"FitResult({', '.join(notes)}, {self.cpu_seconds:.1f} s)"
+        return f"FitResult({', '.join(notes)}, {self.cpu_seconds:.1f} s of processor time)"
 
 
 @dataclass
