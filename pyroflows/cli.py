@@ -194,11 +194,10 @@ def _schema(text: str) -> dict[str, Any]:
 
 def _table(args: argparse.Namespace, path: str, **options: Any) -> TableFile:
     """A table, read as the command line says."""
-    from pyroflows.density.streaming import TEXT_ENDINGS, TableFile, ending_of
+    from pyroflows.density.streaming import TableFile, is_text
 
     said = {k: v for k, v in vars(args).items() if k in _READING}
-    is_text = Path(path).is_dir() or ending_of(path) in TEXT_ENDINGS
-    return TableFile(path, **said, **(options if is_text else {}))
+    return TableFile(path, **said, **(options if is_text(path) else {}))
 
 
 _READING = ("sep", "decimal", "thousands", "encoding", "na_values", "header")

@@ -81,7 +81,11 @@ def test_scores_are_those_of_python_and_keep_all_columns(people, capsys):
     frame, folder = people
     model = DensityEstimator.load(folder / "m.safetensors")
     expected = model.score_samples(frame[["age", "segment", "code"]])
-    for table in ("t.csv.gz", "t.parquet"):
+    for ending in ("csv", "parquet"):
+        part = folder / f"spark_{ending}" / f"part-00000.{ending}"
+        part.parent.mkdir()
+        frame.to_csv(part, index=False) if ending == "csv" else frame.to_parquet(part)
+    for table in ("t.csv.gz", "t.parquet", "spark_csv", "spark_parquet"):
         out = folder / "scored.csv.gz"
         assert (
             main(["score", *map(str, (folder / "m.safetensors", folder / table)), "-o", str(out)])

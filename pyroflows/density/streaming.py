@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TEXT_ENDINGS", "TableFile", "ending_of"]
+__all__ = ["TEXT_ENDINGS", "TableFile", "ending_of", "is_text"]
 
 TEXT_ENDINGS = (".csv", ".tsv", ".tab", ".txt")
 PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zip", ".zst")
@@ -31,6 +31,11 @@ def ending_of(path: Any) -> str:
     if endings and endings[-1] in PACKED_ENDINGS:
         endings.pop()
     return endings[-1] if endings else ""
+
+
+def is_text(path: Any) -> bool:
+    """Whether a table is text, and not Parquet: a file, or a folder of them."""
+    return any(ending_of(p) in TEXT_ENDINGS for p in _files(Path(path)))
 
 
 class TableFile:
