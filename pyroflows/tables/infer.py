@@ -143,6 +143,8 @@ def find_bounds(x: Numbers, step: float | None) -> tuple[float | None, float | N
     ends = [e for e in (WHOLE_TWINS if x.whole else ENDS) if 0 <= e - high <= reach]
     if x.whole and low >= 0 and high in WHOLE_ENDS:
         ends = [high]
+        if low == 1 and high == len(x.level) and high in FROM_ONE:
+            return 1.0, high  # none is missing
     if upper is not None or not ends or not _sharp(x, high):
         return (0.0 if lower is None and 0 <= low <= reach and _sharp(x, low) else lower), upper
     end = ends[0]
@@ -151,15 +153,19 @@ def find_bounds(x: Numbers, step: float | None) -> tuple[float | None, float | N
         return (-end, end) if twins else (None, None)
     if x.whole and low == 1 and end in FROM_ONE:
         return 1.0, end
-    return (lower if end in (90.0, 180.0) else 0.0), end
+    if end in (90.0, 180.0) and lower is None:  # angles begin at 0; ages up to 90 need not end
+        return None, None
+    return 0.0, end
 
 
 def _sharp(x: Numbers, end: float) -> bool:
     """Whether the outermost hundredth of the rows lies close together, as before a wall.
 
     It fills 1 % of the span of uniform data, 6 % of a parabola's, 14 % or more of a normal law's.
+    Fewer than eight rows may do so by chance.
     """
-    inner = x.quantile(0.01) if end == x.level[0] else x.quantile(0.99)
+    share = min(max(0.01, 8 / x.size), 0.5)
+    inner = x.quantile(share if end == x.level[0] else 1 - share)
     return abs(end - inner) <= 0.1 * x.span
 
 
