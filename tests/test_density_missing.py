@@ -232,6 +232,15 @@ def test_conditional_draws_are_the_filtered_ones(numbers, whole, given):
         assert means[c][0] == pytest.approx(want[c].mean(), abs=4 * error), c
 
 
+def test_what_cannot_be_is_known_without_error(numbers):
+    model, table = numbers
+    row = table.iloc[:3].assign(count=[-1, 2, -1])
+    for gone in ([], ["x"], ["x", "rain"], ["x", "rain", "kind"]):
+        nats, error = model.log_marginal(row.drop(columns=gone), return_error=True)
+        assert np.isneginf(nats[[0, 2]]).all() and np.isfinite(nats[1])
+        assert error[0] == error[2] == 0 and np.isfinite(error[1])
+
+
 def test_improbable_conditions_are_said(numbers):
     model, _ = numbers
     with pytest.warns(UserWarning, match="so improbable given the cells before them"):

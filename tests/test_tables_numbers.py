@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pyroflows.density import DensityEstimator
+from pyroflows.density.columns import cells_for
 from pyroflows.tables import Column, Schema
 
 QUICK = dict(max_steps=30, members=2, hidden_dim=8, random_state=0)
@@ -80,6 +82,30 @@ def test_bounds_that_the_data_touch_are_inferred(name):
     found = column(values)
     assert (found.lower, found.upper) == want
     assert column(values, lower=None, upper=None).lower is None
+
+
+@pytest.mark.parametrize("n", [50, 200, 500])
+def test_ordinary_numbers_seldom_get_an_upper_end(n):
+    rng = np.random.default_rng(0)
+    laws = {
+        "normal": lambda: rng.normal(60, 15, n),
+        "share": lambda: rng.normal(0.7, 0.1, n),
+        "score": lambda: rng.normal(60, 15, n).round(),
+        "count": lambda: rng.poisson(4, n),
+        "tries": lambda: rng.geometric(0.3, n),
+        "age": lambda: rng.integers(18, 91, n),
+    }
+    for name, law in laws.items():
+        ends = sum(column(law()).upper is not None for _ in range(30))
+        assert ends <= 5, name  # of a normal law's before: 10, of counts' 11, of ages' 30
+
+
+def test_bounds_of_few_rows_that_fill_their_span():
+    rng = np.random.default_rng(0)
+    assert column(rng.uniform(0, 100, 200)).upper == 100
+    assert column(rng.integers(0, 24, 200)).upper == 23
+    rating = rng.choice([1, 2, 3, 4, 5], 60, p=[0.3, 0.3, 0.2, 0.15, 0.05])
+    assert (column(rating).lower, column(rating).upper) == (1, 5)
 
 
 def test_degrees_go_by_their_names():
@@ -166,3 +192,29 @@ def test_impossible_evidence_is_named_and_other_rows_are_served():
     assert drawn["k"].tolist() == ["a", "a", "z", "z", "b", "b"]
     with pytest.warns(match="1 of 3 rows"):
         assert model.mean(rows)["c"].isna().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("step", [0.01, 0.25, 1e-5, 1.0, 2.54, 1e-9])
+def test_a_value_of_a_lattice_is_written_alike_beside_any_other(step):
+    x = np.random.default_rng(0).integers(-500, 500, 200) * step
+    cells = cells_for(x, column(x, step=step))
+    held = torch.tensor(x[:20])
+    beside = torch.cat([held, torch.tensor([1e14, 1e300, torch.inf, -torch.inf])]).double()
+    assert torch.equal(cells.snap(beside)[:20], cells.snap(held))
+    assert cells.snap(held).tolist() == pytest.approx(x[:20].tolist(), rel=1e-15, abs=1e-15 * step)
+    assert cells.snap(beside)[-2:].tolist() == [np.inf, -np.inf]
+    if step in (0.01, 1e-5):
+        digits = 2 if step == 0.01 else 5
+        assert cells.snap(held).tolist() == [round(v, digits) for v in x[:20]]
+
+
+def test_draws_of_a_lattice_between_open_ends():
+    x = np.random.default_rng(0).poisson(5, 300)
+    model = DensityEstimator(**QUICK).fit(pd.DataFrame({"x": x, "z": x * 0.1}))
+    blank = torch.full((1, 2), torch.nan).double()
+    law = next(law for i, _, law in model.model_.walk(blank) if model.model_.order[i] == 0)
+    ends = torch.tensor([[-torch.inf], [torch.inf]]).double()
+    assert law.cdf(ends.T).tolist() == [[0.0, 1.0]]
+    u = torch.linspace(0.01, 0.99, 99)[None].double()
+    drawn = law.sample_between(ends[:1], ends[1:], u)
+    assert torch.equal(drawn, law.quantile(u))

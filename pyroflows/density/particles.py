@@ -314,7 +314,7 @@ def _refined(
     second order, an eighth of the difference remains.
     """
     error = torch.zeros(rows, dtype=torch.float64)
-    total = p.total(rows)
+    total = p.total(rows).nan_to_num(neginf=0.0)  # rows that cannot be have no error
     finer = []
     for g in grids:
         cells, count, width = model.cells[g.place], len(g.row), g.log_mass.shape[1]
@@ -511,7 +511,7 @@ def evidence(
             continue
         every = torch.stack(sums)[:, hard]
         mean = every.logsumexp(0) - math.log(len(sums))
-        ratio = (every - mean).exp().nan_to_num(0.0)
+        ratio = torch.where(mean.isfinite(), every - mean, 0.0).exp()  # what cannot be is exact
         out.evidence[hard] = mean
         out.error[hard] = ratio.std(0) / math.sqrt(len(sums))
         hard = hard[out.error[hard] > NOISE]
