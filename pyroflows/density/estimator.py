@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.density import files
+from pyroflows.density.budget import Budget
 from pyroflows.density.columns import cells_for
 from pyroflows.density.conventions import Conventions, NotFittedError
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
 from pyroflows.density.particles import Uniforms, averages, complete
+from pyroflows.density.reads import choose_reads
 from pyroflows.density.streaming import TableFile, shards_of
 from pyroflows.density.training import (
     column_scores,
     default_settings,
     fit_mixture,
+    mixture_views,
     plan,
     stack,
     start_rare,
@@ -66,7 +69,8 @@ class DensityEstimator(Conventions):
             c"]``; see :mod:`pyroflows.tables.constraints`.
         missing: ``"ignore"``: missing cells are integrated out; ``"model"``: which cells are
             missing is part of the row, in scores and samples.
-        max_time: Seconds of processor time for training, at most.
+        max_time: Seconds of processor time for the whole fit, at most but for a last check; a
+            warning says what they cut.
         max_steps: Optimizer steps, at most; None for a plan by the size of the table.
         members: Networks per column; None for a choice by the number of rows.
         hidden_dim: Width of the networks; None for a choice by the number of rows.
@@ -223,6 +227,7 @@ class DensityEstimator(Conventions):
                 them.
         """
         self._check_params()
+        budget = Budget(self.max_time)
         frame = as_frame(X)
         if frame.shape[1] == 0:
             raise ValueError(
@@ -244,7 +249,8 @@ class DensityEstimator(Conventions):
         if hasattr(self, "feature_names_in_"):
             self.feature_names_in_ = np.array(used, dtype=object)
         values = torch.from_numpy(self.schema_.encode(frame[used]))
-        return self._fit_values(values, torch.from_numpy(weight), [used.index(g) for g in given])
+        given = [used.index(g) for g in given]
+        return self._fit_values(values, torch.from_numpy(weight), given, budget)
 
     def fit_file(
         self,
@@ -269,6 +275,7 @@ class DensityEstimator(Conventions):
         total = file.count()
         if total <= in_memory:
             return self.fit(file.read())
+        budget = Budget(self.max_time)
         rng = np.random.default_rng(self._seed())
         frame = file.sample(sample_rows, rng)
         self._forget()
@@ -281,6 +288,7 @@ class DensityEstimator(Conventions):
             values,
             torch.ones(len(values), dtype=torch.float64),
             [used.index(g) for g in given],
+            budget,
             shards=shards_of(file, self.schema_, np.random.default_rng(self._seed()), rank, world),
             total=total,
         )
@@ -352,6 +360,7 @@ class DensityEstimator(Conventions):
         values: Tensor,
         weight: Tensor,
         given: list[int],
+        budget: Budget,
         *,
         shards: Callable[[], Iterator[Any]] | None = None,
         total: int | None = None,
@@ -361,7 +370,8 @@ class DensityEstimator(Conventions):
         ``shards`` replaces them as training rows where the table is larger than memory.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            self._train(values.clone(), weight.clone(), given, shards, total)
+            self._train(values.clone(), weight.clone(), given, shards, total, budget)
+        budget.warn(stacklevel=3)
         return self
 
     def _train(
@@ -371,6 +381,7 @@ class DensityEstimator(Conventions):
         given: list[int],
         shards: Callable[[], Iterator[Any]] | None,
         total: int | None,
+        budget: Budget,
     ) -> None:
         """Cells, simple models, networks, and what held-out rows say of them."""
         n = len(values)
@@ -391,15 +402,26 @@ class DensityEstimator(Conventions):
             table = values.numpy()
             order = [*given, *sorted(targets, key=lambda j: columns[j].missing)]
             counts = weight.numpy() if weight.unique().numel() > 1 else None
-            cells = [cells_for(table[:, j], columns[j], weight=counts) for j in order]
-            model = TableModel(self.schema_, cells, order, len(given), **settings)
+            cells: list[Any] = []
+            for j in order:
+                bins = 8 if budget.over(0.25) else 64
+                if bins < 64 and not columns[j].is_label:
+                    budget.tell("left some histograms coarse")
+                cells.append(cells_for(table[:, j], columns[j], weight=counts, max_bins=bins))
+            reads = choose_reads(
+                cells, values[:, order], len(given), columns=32 if size < 8000 else 64
+            )
+            model = TableModel(self.schema_, cells, order, len(given), reads=reads, **settings)
             fold = _folds(n, size, model.members, generator)
             held = (fold >= 0).nonzero()[:, 0]
+            begun = budget.seconds()
             valid = model.encode(values[held])
-            start_rare(model, model.encode(values[:20000]), weight[:20000])
-            parts = self._mixtures(model, values, weight, fold, generator) if size <= 20000 else []
+            reserve = 4 * (budget.seconds() - begun)
+            start_rare(model, values[:20000], weight[:20000], budget)
+            parts = self._mixtures(model, values, weight, fold, generator, budget, size)
+            simple = parts.pop() if parts else None
             self.model_ = model = model.to(device)
-            budget = plan(
+            steps = plan(
                 model,
                 size,
                 batch_size=self.batch_size,
@@ -407,16 +429,22 @@ class DensityEstimator(Conventions):
                 steps=self.max_steps,
             )
             rank, world = _rank()
-            bar = _bar(self.progress and rank == 0, budget["steps"])
+            bar = _bar(self.progress and rank == 0, steps["steps"])
+            begun = budget.seconds()
             first = column_scores(model, valid).sum(1).mean(0)
+            reserve += 3 * (budget.seconds() - begun)  # stacking and thresholds
             start = float(_mean(first, weight[held])) if len(held) else math.nan
             relative = weight / weight.mean()
             mine = torch.arange(n)[rank : world * (n // world) if n >= world else None : world]
 
+            whole = values[mine], relative[mine], fold[mine]
+
             def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
                 order = torch.randperm(len(mine), generator=generator)
-                for i in order.split(131072) if len(mine) > 200_000 else [slice(None)]:
+                for i in order.split(131072) if len(mine) > 200_000 else []:
                     yield values[mine[i]], relative[mine[i]], fold[mine[i]]
+                if len(mine) <= 200_000:
+                    yield whole
 
             history = train(
                 model,
@@ -426,19 +454,23 @@ class DensityEstimator(Conventions):
                 weight[held],
                 rows=size,
                 lr=self.learning_rate,
-                max_time=self.max_time,
+                budget=budget,
+                reserve=min(reserve, 0.4 * budget.limit),
+                checks=24 if reads is None else min(24, 1 + steps["steps"] // 12),
                 generator=generator,
                 report=bar,
                 wrap=_parallel if world > 1 else (lambda module: module),
-                **{**budget, "batch_size": max(1, budget["batch_size"] // world)},
+                **{**steps, "batch_size": max(1, steps["batch_size"] // world)},
             )
             bar(None)
             model.eval()
-            if parts:
+            if simple is not None:
                 alpha = stack(model, valid, fold[held], weight[held], parts)
-                model.set_mixture(MixedMixture.union(parts), alpha)
+                model.set_mixture(simple, alpha)
         self.history_ = _history([dict(step=0, epoch=0.0, valid=start), *history])
         few = held if len(held) else torch.arange(n)
+        if budget.over():
+            few = few[:200]
         self._calibrate(values[few], weight[few])
 
     def _mixtures(
@@ -448,10 +480,23 @@ class DensityEstimator(Conventions):
         weight: Tensor,
         fold: Tensor,
         generator: torch.Generator,
+        budget: Budget,
+        size: int,
     ) -> list[MixedMixture]:
-        """One simple model per fold, of at most 6,000 rows."""
-        out = []
-        for m in range(model.members):
+        """One simple model per fold, of at most 6,000 rows, then the one to use; [] if large.
+
+        That one is their union; for a wide table it is a single one of all rows, so that its
+        state of a row, squared in the columns, is held once.
+        """
+        if size > 20000:
+            return []
+        out: list[MixedMixture] = []
+        numbers, labels = mixture_views(model, values)
+        last = model.members if model.reads is None else model.members + 1
+        for m in range(last):
+            if budget.over(0.5):
+                budget.tell("left out the simple model")
+                return []
             rows = (fold != m).nonzero()[:, 0]
             if len(rows) > 6000:
                 rows = rows[torch.randperm(len(rows), generator=generator)[:6000]]
@@ -459,26 +504,31 @@ class DensityEstimator(Conventions):
                 out.append(
                     fit_mixture(
                         model,
-                        model.encode(values[rows]),
+                        numbers[rows],
+                        labels[rows],
                         weight[rows],
                         generator,
                         seconds=0.15 * (self.max_time or math.inf) / model.members,
                     )
                 )
-        return out if len(out) == model.members else []
+        if len(out) < last:
+            return []
+        return out if last > model.members else [*out, MixedMixture.union(out)]
 
     def _calibrate(self, values: Tensor, weight: Tensor) -> None:
         """Keep what thresholds and summaries need of the held-out rows."""
         few, weight = values[:2000], weight[:2000]
-        score = self.model_.log_prob(few, draws=16)[0]
+        rows = self.model_.encode(few)
+        with torch.no_grad():
+            nats = self.model_.column_log_prob(rows)[0]
+        score = nats.sum(0)
+        if bool(few.isnan().any()):
+            score = self.model_.log_prob(few, draws=16)[0]
         score, order = score.sort()
         below = weight[order].cumsum(0)
         place = torch.linspace(0, 1, 201, dtype=below.dtype) * (below[-1] - weight[order[-1]])
         at = np.interp(place, below - weight[order], score)
         self._score_quantiles = at
-        rows = self.model_.encode(few)
-        with torch.no_grad():
-            nats = self.model_.column_log_prob(rows)[0]
         known = ((~rows.missing) * weight).sum(1).clamp_min(1e-9)
         self._column_nats = ((nats * weight).sum(1) / known).tolist()
 
@@ -502,10 +552,12 @@ class DensityEstimator(Conventions):
         generator, model, n = self._generator(), self.model_, len(values)
         fold = _folds(n, n, model.members, generator)
         held = (fold >= 0).nonzero()[:, 0]
-        budget = plan(
+        budget = Budget(self.max_time)
+        steps = plan(
             model, n, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps
         )
-        budget["steps"] = min(budget["steps"], max(20, 5 * n // budget["batch_size"]))
+        steps["wanted"] = min(steps["wanted"], max(20, 5 * n // steps["batch_size"]))
+        steps["steps"] = min(steps["steps"], steps["wanted"])
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(self._seed())
             history = train(
@@ -516,14 +568,16 @@ class DensityEstimator(Conventions):
                 weight[held],
                 rows=n,
                 lr=self.learning_rate / 3,
-                max_time=self.max_time,
+                budget=budget,
                 generator=generator,
-                steps=budget["steps"],
-                batch_size=budget["batch_size"],
+                wanted=steps["wanted"],
+                steps=steps["steps"],
+                batch_size=steps["batch_size"],
             )
         model.eval()
         import pandas as pd
 
+        budget.warn(stacklevel=2)
         self.history_ = pd.concat([self.history_, _history(history)], ignore_index=True)
         few = held if len(held) else torch.arange(n)
         self._calibrate(values[few], weight[few])

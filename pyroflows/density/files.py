@@ -19,7 +19,7 @@ from pyroflows.tables.values import from_json, to_json
 
 __all__ = ["FORMAT", "VERSION", "load", "read_header", "save"]
 
-FORMAT, VERSION = "pyroflows.density", 2
+FORMAT, VERSION = "pyroflows.density", 3
 
 
 def save(estimator: Any, path: Any) -> None:
@@ -41,6 +41,7 @@ def save(estimator: Any, path: Any) -> None:
         named=hasattr(estimator, "feature_names_in_"),
         order=model.order,
         num_given=model.num_given,
+        reads=model.reads,
         config=model.config,
         params=params,
         score_quantiles=[float(x) for x in estimator._score_quantiles],
@@ -119,6 +120,7 @@ def _model(header: dict[str, Any], schema: Schema, tensors: dict[str, Tensor]) -
             header["order"],
             header["num_given"],
             mixture=mixture,
+            reads=header.get("reads"),
             **header["config"],
         )
     model.load_state_dict(part("model."))

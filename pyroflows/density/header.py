@@ -45,6 +45,7 @@ def check_header(header: Mapping[str, Any]) -> None:
     _claim(all(_whole(config[k]) and config[k] >= 1 for k in SIZES), "config has no sizes")
     dropout = config["dropout"]
     _claim(isinstance(dropout, (int, float)) and 0 <= dropout < 1, "dropout is no probability")
+    _check_reads(header.get("reads"), header["num_given"], d)
     for name in ("score_quantiles", "column_nats"):
         _claim(all(isinstance(v, (int, float)) for v in header[name]), f"{name} are no numbers")
     _claim(len(header["score_quantiles"]) == 201, "there are not 201 score_quantiles")
@@ -52,6 +53,20 @@ def check_header(header: Mapping[str, Any]) -> None:
     _claim(set(header["history"]) == {"columns", "data"}, "history is no table")
     draws = header["params"].get("draws", 1)
     _claim(_whole(draws) and 1 <= draws <= 10**6, "draws is no number of draws")
+
+
+def _check_reads(reads: Any, num_given: int, d: int) -> None:
+    """What networks of a wide table read: earlier places, in order."""
+    if reads is None:
+        return
+    _claim(isinstance(reads, list) and len(reads) == d - num_given, "reads do not fit the columns")
+    for place, own in enumerate(reads, num_given):
+        _claim(
+            isinstance(own, list)
+            and all(_whole(i) and 0 <= i < place for i in own)
+            and all(a < b for a, b in zip(own, own[1:], strict=False)),
+            f"reads of place {place} are no earlier places in order",
+        )
 
 
 def check_tensors(
@@ -71,7 +86,10 @@ def check_tensors(
         features.append(width)
         bins.append(count)
         label.append(column.is_label)
-    _nets(at, header["config"], header["num_given"], features, bins, label)
+    inputs = sum(features)
+    if header.get("reads") is not None:
+        inputs = max(sum(features[i] for i in own) for own in header["reads"])
+    _nets(at, header["config"], header["num_given"], max(inputs, 1), bins, label)
     if any(name.startswith("mixture.") for name in tensors):
         k = at.shape("mixture.log_weight", None)[0]
         d = label.count(False)
@@ -87,13 +105,13 @@ def _nets(
     at: _Tensors,
     config: Mapping[str, Any],
     num_given: int,
-    features: list[int],
+    f: int,
     bins: list[int],
     label: list[bool],
 ) -> None:
     m, h, depth, k = (config[name] for name in SIZES)
     targets = list(zip(bins, label, strict=True))[num_given:]
-    t, f = len(targets), max(sum(features), 1)
+    t = len(targets)
     at.shape("model.alpha", t)
     at.shape("model.has_missing", t, dtype=(torch.bool,))
     at.shape("model.nets.mask", m * t, f, 1)

@@ -87,6 +87,8 @@ class TableModel(nn.Module):
         components: Logistics per numeric conditional.
         dropout: While training.
         mixture: q, if any.
+        reads: For a wide table, the places in model order that each target's networks read; None
+            where they read all earlier ones. See :func:`pyroflows.density.reads.choose_reads`.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class TableModel(nn.Module):
         components: int = 8,
         dropout: float = 0.0,
         mixture: MixedMixture | None = None,
+        reads: list[list[int]] | None = None,
     ) -> None:
         super().__init__()
         self.schema, self.order, self.num_given = schema, list(order), num_given
@@ -119,9 +122,13 @@ class TableModel(nn.Module):
         self.slices = [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
         targets = self.targets
         t_count = len(targets)
+        self.reads = reads
         mask = torch.zeros(t_count, max(int(ends[-1]), 1))
         for t in range(t_count):
             mask[t, : ends[num_given + t]] = 1
+        index = None
+        if reads is not None:
+            index, mask = _index_of(reads, self.slices)
         self.place: list[tuple[int, int]] = []  # group and position of each target
         sizes = [0, 0]
         for c in targets:
@@ -150,6 +157,7 @@ class TableModel(nn.Module):
             hidden_dim=hidden_dim,
             depth=depth,
             dropout=dropout,
+            index=index,
         )
         self.register_buffer("alpha", torch.zeros(t_count, dtype=torch.float32))
         self.register_buffer(
@@ -208,6 +216,28 @@ class TableModel(nn.Module):
         """Where the networks are."""
         return self.alpha.device
 
+    @property
+    def chunk(self) -> int:
+        """Rows that networks serve at once: what they hold of a wide table is bounded."""
+        if self.nets.index is None:
+            return 4096
+        outputs = sum(
+            s * (1 + b + 3 * self.config["components"])
+            for s, b in zip(self.sizes, self.bins, strict=True)
+        )
+        held = self.nets.index.numel() + self.members * (
+            3 * outputs + 4 * len(self.targets) * self.config["hidden_dim"]
+        )
+        return max(16, min(4096, 2**26 // held))
+
+    def slot(self, t: int, i: int) -> int | None:
+        """Where the networks of target t read the first feature of place i; None: nowhere."""
+        if self.reads is None:
+            return self.slices[i].start
+        if i not in self.reads[t]:
+            return None
+        return sum(self.cells[j].num_features for j in self.reads[t] if j < i)
+
     # ------------------------------------------------------------------ encoding
 
     def encode(self, values: Tensor, *, lattice: bool = True) -> Rows:
@@ -224,6 +254,12 @@ class TableModel(nn.Module):
             raw[:, self.num_given :].T.isnan(),
             raw,
         )
+
+    def portions(self, rows: Rows) -> list[Rows]:
+        """Rows in portions that the networks can serve at once."""
+        if len(rows) <= self.chunk or self.reads is None:
+            return [rows]
+        return [rows[i] for i in torch.arange(len(rows)).split(self.chunk)]
 
     # ------------------------------------------------------------------ densities
 
@@ -296,7 +332,10 @@ class TableModel(nn.Module):
 
     def column_log_prob(self, rows: Rows, *, atoms: bool = True) -> tuple[Tensor, Tensor]:
         """Log-densities of target cells (0 where missing) and of their pattern, both (T, N)."""
-        log_p, odds = self.net_log_prob(rows.to(self.device), atoms=atoms)
+        parts = [
+            self.net_log_prob(part.to(self.device), atoms=atoms) for part in self.portions(rows)
+        ]
+        log_p, odds = (torch.cat(p, -1) for p in zip(*parts, strict=True))
         gone = odds.sigmoid().mean(0).clamp(1e-7, 1 - 1e-7).cpu().double()
         gone = torch.where(self.has_missing.cpu()[:, None], gone, 1e-7)
         out = (log_p.logsumexp(0) - math.log(self.members)).cpu().double()
@@ -380,6 +419,15 @@ class TableModel(nn.Module):
         p = Particles.start(self, values)
         for t, i in p.walk():
             yield i, p.raw[:, i], p.conditional(t, torch.arange(len(values)))
+
+
+def _index_of(reads: list[list[int]], slices: list[slice]) -> tuple[Tensor, Tensor]:
+    """Features that each target reads, and which of them are real, both (T, most of them)."""
+    rows = [[f for i in r for f in range(slices[i].start, slices[i].stop)] for r in reads]
+    most = max(1, *map(len, rows))
+    index = torch.tensor([r + [0] * (most - len(r)) for r in rows])
+    mask = torch.tensor([[1.0] * len(r) + [0.0] * (most - len(r)) for r in rows])
+    return index, mask
 
 
 def _read(q: MixedMixture, i: int, e: Encoded, x: Tensor, state: State) -> State:

@@ -83,6 +83,9 @@ class ColumnNets(nn.Module):
         hidden_dim: Width.
         depth: Hidden layers.
         dropout: Probability of dropping a hidden unit while training.
+        index: Where given, the features that each target's networks read, shape (T, F'); the mask
+            is then (G, F') and tells which of them are real. Weights, memory and time grow with
+            F', not with F. Networks of one target are T apart.
     """
 
     def __init__(
@@ -95,9 +98,11 @@ class ColumnNets(nn.Module):
         hidden_dim: int,
         depth: int = 3,
         dropout: float = 0.0,
+        index: Tensor | None = None,
     ) -> None:
         super().__init__()
         g, f = mask.shape
+        self.register_buffer("index", index, persistent=False)
         f32 = dict(dtype=torch.float32)
         self.register_buffer("mask", mask.float()[:, :, None])
         seen = mask.sum(1).clamp_min(1).float()[:, None, None]
@@ -125,9 +130,7 @@ class ColumnNets(nn.Module):
     def trunk(self, x: Tensor, nets: list[int] | slice = slice(None)) -> Tensor:
         """Features (N, F) to the last hidden layer of some networks (G, N, H)."""
         w0 = self.w0[nets] * self.mask[nets]
-        g, f, h = w0.shape
-        a = x @ w0.permute(1, 0, 2).reshape(f, g * h)
-        hidden = F.silu(a.view(len(x), g, h).transpose(0, 1) + self.b0[nets])
+        hidden = F.silu(self._product(x, w0, nets) + self.b0[nets])
         for w, b in zip(self.w, self.b, strict=True):
             z = self._drop(hidden)
             hidden = hidden + F.silu(torch.baddbmm(b[nets], z, w[nets]))
@@ -141,11 +144,22 @@ class ColumnNets(nn.Module):
     def _head(self, i: int, rows: list[int] | slice, hidden: Tensor, x: Tensor) -> Tensor:
         net = [self.groups[i][r] for r in rows] if isinstance(rows, list) else self.groups[i]
         skip = self.skip[i][rows] * self.mask[net]
-        m, f, p = skip.shape
-        linear = (x @ skip.permute(1, 0, 2).reshape(f, m * p)).view(len(x), m, p).transpose(0, 1)
+        linear, p = self._product(x, skip, net), skip.shape[-1]
         out = torch.baddbmm(self.bias[i][rows], hidden, self.head[i][rows])
         out[..., out.shape[-1] - p :] += linear
         return out
+
+    def _product(self, x: Tensor, w: Tensor, nets: list[int] | slice) -> Tensor:
+        """Features (N, F) times the weights (G, F, P) of some networks, shape (G, N, P)."""
+        g, f, p = w.shape
+        if self.index is None:
+            return (x @ w.permute(1, 0, 2).reshape(f, g * p)).view(len(x), g, p).transpose(0, 1)
+        own = range(len(self.index))
+        read = self.index[[i for i in nets if i in own] if isinstance(nets, list) else nets]
+        t, m = len(read), g // max(len(read), 1)
+        wide = w.view(m, t, f, p).permute(1, 0, 3, 2).reshape(t, m * p, f)
+        out = wide @ x.T[read]
+        return out.view(t, m, p, len(x)).permute(1, 0, 3, 2).reshape(g, len(x), p)
 
     def _drop(self, hidden: Tensor) -> Tensor:
         """Dropout; the networks share the mask, which costs them nothing: they are independent."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.density.budget import Budget
 from pyroflows.density.columns import NEVER, NumberCells
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import Rows, TableModel
 from pyroflows.density.network import ColumnNets
+from pyroflows.density.reads import WIDE
 
 __all__ = [
     "column_scores",
     "default_settings",
     "fit_mixture",
+    "mixture_views",
     "plan",
     "stack",
     "start_rare",
@@ -31,11 +33,15 @@ Shards = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
 
 
 def default_settings(n: int, columns: int) -> dict[str, Any]:
-    """Networks for a table of n rows: small tables get many small, strongly regularized ones."""
+    """Networks for a table of n rows: small tables get many small, strongly regularized ones.
+
+    Wide tables get fewer, so that there is time to train them.
+    """
+    narrow = columns <= WIDE
     if n < 2000:
-        return dict(members=8, hidden_dim=32, components=3, dropout=0.2)
+        return dict(members=8 if narrow else 2, hidden_dim=32, components=3, dropout=0.2)
     if n < 8000:
-        return dict(members=4, hidden_dim=64, components=6, dropout=0.2)
+        return dict(members=4 if narrow else 2, hidden_dim=64, components=6, dropout=0.2)
     if n < 25000:
         return dict(members=2, hidden_dim=128, components=8, dropout=0.1)
     return dict(members=1, hidden_dim=128, components=8, dropout=0.0)
@@ -52,9 +58,10 @@ def plan(
     """Batch size and optimizer steps for n rows: what fits the budget on one core of 2020.
 
     The plan depends on sizes alone, so that a seed gives one result; the clock cuts it short only
-    on slower machines.
+    on slower machines. ``wanted`` are the steps of a budget without end.
     """
-    batch = batch_size or (64 if n < 1000 else 256 if n < 15000 else 1024)
+    few = 1000 if model.reads is None else 4000
+    batch = batch_size or (64 if n < few else 256 if n < 15000 else 1024)
     batch = min(batch, n)
     width = model.config["hidden_dim"]
     outputs = sum(
@@ -66,10 +73,15 @@ def plan(
         * model.members
         * (outputs * 0.03 + len(model.targets) * (0.8 + 1.2e-4 * width * width))
     )
+    fixed = 5e-3
+    if model.reads is not None:
+        weights = sum(p.numel() for p in model.nets.parameters())
+        cost, fixed = cost + 3e-10 * weights, fixed + 1e-8 * weights
     passes = 60 if n >= 15000 else 100
     wanted = max(150, min(passes * n // batch, 3000)) if n >= 100 else 100
-    affordable = max(20, int(0.9 * (seconds or 1e9) / (cost * batch + 5e-3)))
-    return dict(batch_size=batch, steps=min(wanted, affordable, steps or wanted))
+    affordable = max(20, int(0.9 * (seconds or 1e9) / (cost * batch + fixed)))
+    wanted = min(wanted, steps or wanted)
+    return dict(batch_size=batch, steps=min(wanted, affordable), wanted=wanted)
 
 
 class _Loss(nn.Module):
@@ -101,44 +113,56 @@ def column_scores(model: TableModel, rows: Rows) -> Tensor:
     model.eval()
     parts = [
         _column_terms(model, rows[i].to(model.device)).cpu()
-        for i in torch.arange(len(rows)).split(4096)
+        for i in torch.arange(len(rows)).split(model.chunk)
     ]
     model.train(was)
     return torch.cat(parts, -1)
 
 
+def mixture_views(model: TableModel, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Normal scores (N, J), NaN where unknown, and codes (N, C), -1 where missing, of a table."""
+    numbers, labels = [], []
+    for i, c in zip(model.order, model.cells, strict=True):
+        x = values[:, i]
+        e = c.encode(x)
+        if c.is_label:
+            labels.append(torch.where(x.isnan(), -1, e.cell))
+        else:
+            known = ~x.isnan() & (e.offset > NEVER / 10)
+            numbers.append(torch.where(known, e.upper - e.width / 2, torch.nan))
+    n = len(values)
+    return (
+        torch.stack(numbers, 1) if numbers else torch.zeros(n, 0, dtype=torch.float64),
+        torch.stack(labels, 1) if labels else torch.zeros(n, 0, dtype=torch.long),
+    )
+
+
 def fit_mixture(
     model: TableModel,
-    rows: Rows,
+    numbers: Tensor,
+    labels: Tensor,
     weight: Tensor,
     generator: torch.Generator,
     *,
     seconds: float,
 ) -> MixedMixture:
-    """The simple model on encoded rows of weights (N,).
+    """The simple model on :func:`mixture_views` of rows of weights (N,).
 
     So many classes that a core of 2020 finds them in the given time; that depends on sizes alone.
     """
-    numbers, labels, sizes = [], [], []
-    for i, c in enumerate(model.cells):
-        x = rows.raw[:, i]
-        e = c.encode(x)
-        if c.is_label:
-            labels.append(torch.where(x.isnan(), -1, e.cell))
-            sizes.append(c.num_bins)
-        else:
-            s = e.upper - e.width / 2
-            known = ~x.isnan() & (e.offset > NEVER / 10)
-            numbers.append(torch.where(known, s, s[known].mean() if known.any() else 0.0))
-    n = len(rows)
+    filled = []
+    for s in numbers.unbind(1):
+        known = ~s.isnan()
+        filled.append(torch.where(known, s, s[known].mean() if known.any() else 0.0))
+    n = len(numbers)
     return MixedMixture.fit(
-        torch.stack(numbers, 1) if numbers else torch.zeros(n, 0, dtype=torch.float64),
-        torch.stack(labels, 1) if labels else torch.zeros(n, 0, dtype=torch.long),
-        sizes,
+        torch.stack(filled, 1) if filled else numbers,
+        labels,
+        [c.num_bins for c in model.cells if c.is_label],
         [c.is_label for c in model.cells],
         generator=generator,
         weight=weight,
-        max_components=int(min(max(seconds * 2e9 / (400 * n * (len(numbers) + 1) ** 2), 1), 24)),
+        max_components=int(min(max(seconds * 2e9 / (400 * n * (len(filled) + 1) ** 2), 1), 24)),
     )
 
 
@@ -146,7 +170,7 @@ RARE = (4, 100)  # rows of a label that gradients hardly meet, and that say enou
 
 
 @torch.no_grad()
-def start_rare(model: TableModel, rows: Rows, weight: Tensor) -> None:
+def start_rare(model: TableModel, values: Tensor, weight: Tensor, budget: Budget) -> None:
     """Start the networks of rare labels where their rows say, in closed form.
 
     A few rows in thousands move no held-out mean: training would stop before it had learned them.
@@ -156,19 +180,25 @@ def start_rare(model: TableModel, rows: Rows, weight: Tensor) -> None:
 
     Args:
         model: With untrained networks.
-        rows: Encoded rows.
+        values: Rows as the schema orders them, shape (N, D).
         weight: Their weights.
+        budget: A third of it may be gone.
     """
+    if not any(c.is_label for c in model.cells) or len(values) < 20 * RARE[0]:
+        return
+    rows = model.encode(values)
     scores = [
         _standing(c, rows.raw[:, i]) if isinstance(c, NumberCells) else None
         for i, c in enumerate(model.cells)
     ]
     for i, c in enumerate(model.cells):
-        if not c.is_label or len(rows) < 20 * RARE[0]:
+        if not c.is_label:
             continue
         codes = torch.where(rows.raw[:, i].isnan(), -1, c.encode(rows.raw[:, i]).cell)
         for b in range(c.num_bins):
             mine = weight * (codes == b)
+            if budget.over(0.33):
+                return budget.tell("left rare labels to be learned by gradients")
             if RARE[0] <= float(mine.sum()) <= min(RARE[1], 0.02 * float(weight.sum())):
                 _start_given(model, rows, scores, mine, i, b)
                 if i >= model.num_given:
@@ -184,11 +214,14 @@ def _start_given(
     model: TableModel, rows: Rows, scores: list[Any], mine: Tensor, i: int, b: int
 ) -> None:
     """Later columns given bin b of label column i, whose rows weigh ``mine``."""
-    count, feature, k = float(mine.sum()), model.slices[i].start + b, model.config["components"]
+    count, k = float(mine.sum()), model.config["components"]
     for t in range(max(0, i + 1 - model.num_given), len(model.targets)):
         kind, place = model.place[t]
+        slot = model.slot(t, i)
+        if slot is None:
+            continue
         skip = model.nets.skip[kind]
-        skip = skip.view(model.members, model.sizes[kind], *skip.shape[1:])[:, place, feature]
+        skip = skip.view(model.members, model.sizes[kind], *skip.shape[1:])[:, place, slot + b]
         s = scores[model.num_given + t]
         if s is not None:
             shift = float((mine * s).sum()) / count
@@ -208,7 +241,7 @@ def _start_given(
 def _start_label(model: TableModel, scores: list[Any], mine: Tensor, i: int, b: int) -> None:
     """Bin b of label column i given earlier numbers: Fisher's discriminant."""
     t = i - model.num_given
-    earlier = [j for j in range(i) if scores[j] is not None]
+    earlier = [j for j in range(i) if scores[j] is not None and model.slot(t, j) is not None]
     if not earlier:
         return
     s = torch.stack([scores[j] for j in earlier], 1)
@@ -224,7 +257,7 @@ def _start_label(model: TableModel, scores: list[Any], mine: Tensor, i: int, b: 
         for part in (model.nets.skip, model.nets.bias)
     )
     for j, w in zip(earlier, slope.tolist(), strict=True):
-        skip[:, model.slices[j].start, 1 + b] = w
+        skip[:, model.slot(t, j), 1 + b] = w
     bias[..., 1 + b] -= float(slope @ (s.mean(0) + shift / 2))
 
 
@@ -240,7 +273,9 @@ def train(
     batch_size: int,
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
-    max_time: float | None = None,
+    wanted: int,
+    budget: Budget,
+    reserve: float = 0.0,
     patience: int = 6,
     checks: int = 24,
     generator: torch.Generator | None = None,
@@ -261,8 +296,9 @@ def train(
         batch_size: Rows per step.
         lr: Peak learning rate; a short warm-up, then a cosine to zero.
         weight_decay: Decoupled, on matrices.
-        max_time: Seconds of processor time (or of wall time, whichever runs slower) after which
-            the schedule is over.
+        wanted: Steps of a budget without end.
+        budget: The clock of the fit; it rules the schedule once that lags behind it.
+        reserve: Seconds to leave for what comes after.
         patience: Checks without gain in any column before stopping.
         checks: Validations over the schedule.
         generator: Source of randomness for dropout-free shuffling.
@@ -290,7 +326,8 @@ def train(
     keeper = _Keeper(model, valid, fold, weight)
     keeper.check(average)
     history: list[dict[str, float]] = []
-    clock = _Clock()
+    begun = budget.seconds()
+    window = max(budget.limit - reserve - begun, 1e-9)
     step, skipped, next_check = 0, 0, 1.0 / checks
     recent: list[float] = []
     limit = math.inf
@@ -298,13 +335,16 @@ def train(
 
     def batches() -> Iterator[tuple[Rows, Tensor, float]]:
         """Batches, their weights for each member, and the share of the schedule that is over."""
+        last: Tensor | None = None
+        encoded: Any = None
         while True:
             for values, share_of, part in shards():
-                encoded = model.encode(values)
+                encoded = model.encode(values) if values is not last else encoded
+                last = values
                 for i in torch.randperm(len(values), generator=generator).split(batch_size):
                     if len(i) < min(batch_size, len(values)):
                         continue
-                    spent = _agreed(_late(clock.seconds(), max_time), device)
+                    spent = _agreed(_late(budget.seconds() - begun, window), device)
                     own = part[i][None] != torch.arange(model.members)[:, None]
                     share = max(step / steps, spent)
                     if share >= 1:
@@ -344,7 +384,7 @@ def train(
                 train=sum(recent) / len(recent),
                 valid=nats,
                 lr=optimizer.param_groups[0]["lr"],
-                seconds=clock.seconds(),
+                seconds=budget.seconds() - begun,
                 skipped=skipped,
             )
             recent = []
@@ -352,6 +392,9 @@ def train(
             report(entry)
             if keeper.stale >= patience:
                 break
+        else:
+            if step < max(0.95 * min(steps, wanted), 0.5 * wanted):
+                budget.tell(f"ended the fit at {100 * step / wanted:.0f} % of its planned steps")
     except KeyboardInterrupt:
         warnings.warn(
             f"fit was interrupted after {step} of {steps} steps and keeps its best state",
@@ -363,12 +406,12 @@ def train(
     return history
 
 
-def _late(seconds: float, max_time: float | None) -> float:
+def _late(seconds: float, window: float) -> float:
     """Share of the budget that is spent, a tenth of it being free.
 
     So the schedule follows its steps alone, and the seed, unless the clock is well behind them.
     """
-    return max(0.0, (seconds / max_time - 0.1) / 0.9) if max_time else 0.0
+    return max(0.0, (seconds / window - 0.1) / 0.9)
 
 
 def _agreed(share: float, device: torch.device) -> float:
@@ -427,17 +470,6 @@ class _Keeper:
             p.copy_(kept)
 
 
-class _Clock:
-    """Seconds of work: processor time, unless several threads make it run ahead of the wall."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.monotonic(), time.process_time()
-
-    def seconds(self) -> float:
-        """Since construction."""
-        return min(time.monotonic() - self.wall, time.process_time() - self.cpu)
-
-
 def stack(
     model: TableModel,
     valid: Rows,
@@ -481,8 +513,11 @@ def stack(
 @torch.no_grad()
 def _pattern(model: TableModel, rows: Rows) -> Tensor:
     """Log-probabilities of the pattern of missing cells under each network, (M, T, N)."""
+    if not bool(model.has_missing.any()):
+        return torch.zeros(model.members, *rows.missing.shape)
     model.eval()
-    odds = model.net_log_prob(rows.to(model.device))[1].cpu()
+    parts = [model.net_log_prob(part.to(model.device))[1] for part in model.portions(rows)]
+    odds = torch.cat(parts, -1).cpu()
     sign = torch.where(rows.missing, 1.0, -1.0)
     return torch.where(
         model.has_missing.cpu()[:, None], torch.nn.functional.logsigmoid(sign * odds), 0.0

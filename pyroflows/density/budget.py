@@ -1,0 +1,46 @@
+"""The one clock of a fit."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+
+__all__ = ["Budget"]
+
+
+class Budget:
+    """Seconds of work since construction, what they allow, and what they cut.
+
+    Work is processor time, unless several threads make it run ahead of the wall. Stages ask
+    whether their share is over; what they then leave out they must :meth:`tell`.
+
+    Args:
+        seconds: Allowed for the whole fit; None for no end.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.limit = seconds or math.inf
+        self.wall, self.cpu = time.monotonic(), time.process_time()
+        self.cuts: list[str] = []
+
+    def seconds(self) -> float:
+        """Since construction."""
+        return min(time.monotonic() - self.wall, time.process_time() - self.cpu)
+
+    def over(self, share: float = 1.0) -> bool:
+        """Whether a share of the time is gone."""
+        return self.seconds() > share * self.limit
+
+    def tell(self, cut: str) -> None:
+        """Remember what was cut."""
+        if cut not in self.cuts:
+            self.cuts.append(cut)
+
+    def warn(self, *, stacklevel: int) -> None:
+        """Say what was cut, if anything."""
+        if self.cuts:
+            warnings.warn(
+                f"max_time={self.limit:g} s {' and '.join(self.cuts)}; more time would help",
+                stacklevel=stacklevel + 1,
+            )
