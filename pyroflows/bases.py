@@ -9,10 +9,12 @@ are buffers, since Pyro warns about frozen parameters.
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -158,11 +160,62 @@ class StudentT(Base):
         return _Independent(t, len(self.event_shape))
 
 
+class _DiagonalMixture(dist.MixtureOfDiagNormals):
+    """Pyro's, unchecked, whose draws refuse second derivatives instead of giving wrong ones."""
+
+    def __init__(self, locs: Tensor, coord_scale: Tensor, component_logits: Tensor) -> None:
+        self.batch_mode, self.dim = False, locs.shape[-1]
+        self.locs, self.coord_scale, self.component_logits = locs, coord_scale, component_logits
+        self.categorical = dist.Categorical(logits=component_logits, validate_args=False)
+        self.probs = self.categorical.probs
+        TorchDistribution.__init__(self, torch.Size(), locs.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "_DiagonalMixture":
+        new = object.__new__(type(self)) if _instance is None else _instance
+        return super().expand(batch_shape, _instance=new)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        once = copy.copy(self)
+        for name in ("locs", "coord_scale", "component_logits"):
+            setattr(once, name, _Once.apply(getattr(self, name)))
+        shape = torch.Size(sample_shape)
+        if shape and self.batch_shape:  # of the two the kernel takes one
+            once, shape = once.expand(shape + self.batch_shape), torch.Size()
+        return super(_DiagonalMixture, once).rsample(shape)
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose gradient is not differentiated: what made it was a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Refused.apply(grad, *ctx.saved_tensors)
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, value: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "draws of a GaussianMixture have first derivatives with respect to its parameters "
+            "only: differentiate twice through its log_prob, or take another base"
+        )
+
+
 class GaussianMixture(Base):
     """A learnable mixture of diagonal normals: modes that a single flow would have to tear apart.
 
     Means start at random, N(0, 1), from torch's generator. ``rsample`` is pathwise for two or more
-    features (Jankowiak & Karaletsos 2019, arXiv:1806.01856); a single feature has ``sample`` only.
+    features (Jankowiak & Karaletsos 2019, arXiv:1806.01856), with first derivatives only; a single
+    feature has ``sample`` only.
 
     Args:
         input_dim: Number of features D.
@@ -184,7 +237,7 @@ class GaussianMixture(Base):
         """Return the mixture."""
         scale = self.log_scale.exp()
         if self.loc.shape[-1] > 1:
-            return dist.MixtureOfDiagNormals(self.loc, scale, self.logits)
+            return _DiagonalMixture(self.loc, scale, self.logits)
         return dist.MixtureSameFamily(
             dist.Categorical(logits=self.logits, validate_args=False),
             _Independent(dist.Normal(self.loc, scale, validate_args=False), 1),

@@ -15,7 +15,7 @@ from pyroflows import store, univariate
 from pyroflows.bases import Base, as_base, temper
 from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
 from pyroflows.divergence import entropy, kl_divergence, register_kl_of
-from pyroflows.substitution import draws_of, substituted
+from pyroflows.substitution import draws_of, has_draws, substituted
 from pyroflows.supports import Bounds, is_real, over
 from pyroflows.transforms.standardization import Standardized
 
@@ -201,7 +201,7 @@ class Flow(PyroModule):
             return self._made(context)
         if store.is_loaded(self._store_name):
             store.claim(self._store_name, self)  # also outside of inference
-        if any(inner.__dict__.get("_pyro_samples") for inner in self.modules()):
+        if has_draws(self):
             with self.__dict__["_pyro_context"]:
                 return substituted(self, {}, draws_of(self))._made(context)
         return self._made(context)

@@ -39,19 +39,23 @@ class Twin(Generic[T]):
 
     def of(self, read: Callable[..., T], *buffers: Tensor) -> T | None:
         """Return ``read(*buffers)``, or None while they are on the meta device, empty."""
-        if self.known is None or (plain(*buffers) and self._is_stale(buffers)):
-            if any(b.is_meta for b in buffers):
-                return None
-            self.known = read(*buffers)
-            self.stamp = [(weakref.ref(b), _version(b)) for b in buffers]
+        if self.known is not None and (
+            torch.compiler.is_compiling() or not self._is_stale(buffers) or not plain(*buffers)
+        ):
+            return self.known
+        if any(b.is_meta for b in buffers):
+            return None
+        self.known = read(*buffers)
+        self.stamp = [(weakref.ref(b), _version(b)) for b in buffers]
         return self.known
 
     def _is_stale(self, buffers: tuple[Tensor, ...]) -> bool:
-        seen = [(reference(), version) for reference, version in self.stamp]
-        return len(seen) != len(buffers) or any(
-            s is not b or version != _version(b)
-            for (s, version), b in zip(seen, buffers, strict=True)
-        )
+        if len(self.stamp) != len(buffers):
+            return True
+        for (reference, version), buffer in zip(self.stamp, buffers, strict=True):
+            if reference() is not buffer or version != _version(buffer):
+                return True
+        return False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"stamp": [], "known": self.known}  # a copy has buffers of its own

@@ -45,14 +45,18 @@ def plain(*tensors: Tensor) -> bool:
     nor where one of ``tensors`` stands for a batch of them, as under
     ``torch.autograd.grad(..., is_grads_batched=True)``. Values must not be looked at then.
     """
-    return not (
+    if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or functorch_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
-        or any(torch._C._functorch.is_batchedtensor(t) for t in tensors)
-    )
+    ):
+        return False
+    functorch = torch._C._functorch
+    for t in tensors:  # no generator: this is asked in every layer
+        if functorch.is_legacy_batchedtensor(t) or functorch.is_batchedtensor(t):
+            return False
+    return True
 
 
 def gradients_of(

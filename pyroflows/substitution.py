@@ -5,7 +5,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["draws_of", "substituted"]
+__all__ = ["draws_of", "has_draws", "substituted"]
+
+
+def has_draws(module: nn.Module) -> bool:
+    """Whether anything below a module is a :class:`~pyro.nn.PyroSample`.
+
+    A plain walk, several times faster than ``modules()``: every call of a flow asks.
+    """
+    stack: list[nn.Module | None] = [module]
+    while stack:
+        inner = stack.pop()
+        if inner is not None:
+            held = inner.__dict__
+            if held.get("_pyro_samples"):
+                return True
+            stack.extend(held["_modules"].values())
+    return False
 
 
 def draws_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
@@ -17,7 +33,9 @@ def draws_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     Raises:
         ValueError: If plates made several draws of one.
     """
-    found = []
+    found: list[tuple[nn.Module, str, Tensor]] = []
+    if not has_draws(module):
+        return found
     for inner in module.modules():
         for name, prior in inner.__dict__.get("_pyro_samples", {}).items():
             value = getattr(inner, name)

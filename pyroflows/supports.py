@@ -170,10 +170,13 @@ def _keep_events_inside(constraint: Any, value: Tensor) -> tuple[Tensor, Tensor 
             inside = constraint.check(value)
         except NotImplementedError:
             return value, None
-    batch_dim = value.dim() - event_dim
-    if inside.dim() > batch_dim:  # torch's stack of constraints answers elementwise
-        inside = inside.flatten(batch_dim).all(-1)
-    return value, inside | value.isnan().flatten(batch_dim).any(-1)
+    missing = value.isnan()
+    if event_dim:
+        batch_dim = value.dim() - event_dim
+        if inside.dim() > batch_dim:  # torch's stack of constraints answers elementwise
+            inside = inside.flatten(batch_dim).all(-1)
+        missing = missing.flatten(batch_dim).any(-1)
+    return value, inside | missing
 
 
 def _strictly(value: Tensor, low: Tensor, high: Tensor) -> Tensor:

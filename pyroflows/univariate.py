@@ -1,14 +1,21 @@
 """Distribution functions and quantiles of flows of one dimension, exact through the base's."""
 
+import copy
 import math
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, MixtureSameFamily, StudentT
+from torch.distributions import (
+    Distribution,
+    MixtureSameFamily,
+    StudentT,
+    TransformedDistribution,
+)
 
 from pyroflows.bijection import Bijection
 from pyroflows.numerics import monotone_inverse
+from pyroflows.supports import Bounds
 
 __all__ = ["cdf", "icdf"]
 
@@ -82,7 +89,12 @@ def _cdf(base: Distribution, value: Tensor) -> Tensor:
     if isinstance(base, StudentT):
         return _student_t_cdf((value - base.loc) / base.scale, base.df)
     try:
-        return base.cdf(value)
+        if base.event_shape:  # a flow, say
+            return base.cdf(value)
+        low, high = _ends(base, value)
+        inside = (value > low) & (value < high)
+        below = _unvalidated(base).cdf(torch.where(inside, value, _between(low, high)))
+        return torch.where(inside, below, torch.where(value.isnan(), value, value >= high))
     except NotImplementedError:
         raise NotImplementedError(
             f"the base {type(base).__name__} has no cdf, so the flow has none"
@@ -106,19 +118,49 @@ def _search(base: Distribution, p: Tensor) -> Tensor:
     """Quantiles by the root of the distribution function."""
     event = [1] * len(base.event_shape)
     p = p.expand(torch.broadcast_shapes(p.shape, base.batch_shape))
+    whole = _unvalidated(base)  # the ends are asked for too
+    first, last = _ends(base, p)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.reshape(*p.shape, *event)
-        return _cdf(base, x), base.log_prob(x)
+        return _cdf(base, x), whole.log_prob(x)
 
-    low, high = -torch.ones_like(p), torch.ones_like(p)
+    low = torch.where(first.isfinite(), first, _between(first, last) - 1).expand_as(p)
+    high = torch.where(last.isfinite(), last, _between(first, last) + 1).expand_as(p)
     with torch.no_grad():
         for _ in range(64):  # wide enough for every probability but 0 and 1
-            low = torch.where(forward(low)[0] > p, 4 * low, low)
-            high = torch.where(forward(high)[0] < p, 4 * high, high)
+            width = high - low
+            low = torch.where(forward(low)[0] > p, low - width, low)
+            high = torch.where(forward(high)[0] < p, high + width, high)
     x = monotone_inverse(forward, p, low=low, high=high)[0]
-    x = torch.where(p <= 0, -torch.inf, torch.where(p >= 1, torch.inf, x))
+    x = torch.where(p <= 0, first, torch.where(p >= 1, last, x))
     return x.reshape(*p.shape, *event)
+
+
+def _ends(base: Distribution, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the values of a distribution begin and end, ±inf if they do not."""
+    bounds = Bounds.of(base.support) or Bounds()
+    low, high = (
+        torch.as_tensor(end, dtype=like.dtype, device=like.device)
+        for end in (bounds.low, bounds.high)
+    )
+    return low, high
+
+
+def _between(low: Tensor, high: Tensor) -> Tensor:
+    """A number in the interval."""
+    from_low = torch.where(high.isfinite(), (low + high) / 2, low + 1)
+    from_high = torch.where(high.isfinite(), high - 1, 0.0)
+    return torch.where(low.isfinite(), from_low, from_high)
+
+
+def _unvalidated(base: Distribution) -> Distribution:
+    """The distribution, unchecked: torch's Gumbel refuses values at which its cdf is tiny."""
+    new = copy.copy(base)
+    new._validate_args = False
+    if isinstance(new, TransformedDistribution):
+        new.base_dist = _unvalidated(new.base_dist)
+    return new
 
 
 def _student_t_cdf(t: Tensor, df: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from cases import CASES, build, contexts, noise
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian
 
+from pyroflows.bases import GaussianMixture
 from pyroflows.perceptron import perceptron
 from pyroflows.splines import LinearRational, RationalQuadratic
 
@@ -157,3 +158,22 @@ def test_a_penalty_on_the_score_trains_the_parameters_and_the_context(name, cont
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     else:  # a permutation has nothing to learn
         assert not names
+
+
+def test_draws_of_a_mixture_refuse_second_derivatives_in_its_parameters():
+    """Pyro's kernel has first ones alone, and torch's guard lets ``autograd.grad`` pass it."""
+    with torch.device("meta"):
+        base = GaussianMixture(2, 3)
+    base = base.to_empty(device="cpu")
+    torch.manual_seed(0)
+    base.load_state_dict(GaussianMixture(2, 3).state_dict())
+    mixture = base()
+    x = mixture.expand([4]).rsample((5,))
+    assert x.shape == (5, 4, 2)
+    first = torch.autograd.grad(x.sin().sum(), list(base.parameters()), create_graph=True)
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in first)
+    for g in first:
+        with pytest.raises(RuntimeError, match="first derivatives"):
+            torch.autograd.grad(g.sum(), list(base.parameters()), retain_graph=True)
+    score = torch.autograd.grad(mixture.log_prob(x).sum(), base.loc, create_graph=True)[0]
+    assert torch.autograd.grad(score.sum(), base.log_scale)[0].isfinite().all()

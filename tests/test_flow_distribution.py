@@ -276,3 +276,29 @@ def test_flow_in_a_trace_keeps_its_kind():
         site = poutine.trace(lambda: pyro.sample("z", flow())).get_trace().nodes["z"]
     assert site["fn"].entropy().shape == (3,)
     assert site["fn"].rsample_and_log_prob((2,))[1].shape == (2, 3)
+
+
+def test_distribution_functions_of_bases_with_ends_and_without_quantiles():
+    """Exact also beyond the ends, and where torch's own checks refuse what is in the support."""
+    y = torch.tensor([-3.0, 0.5, 2.0, 1e6]).double()[:, None]
+    two, one = torch.tensor([2.0]).double(), torch.ones(1).double()
+    erlang = 1 - (1 + y.clamp_min(0)) * (-y.clamp_min(0)).exp()  # of shape 2 and rate 1
+    for base, expected in (
+        (dist.Gamma(two, one), erlang),
+        (dist.LogNormal(0 * one, one), dist.Normal(0.0, 1.0).cdf(y.clamp_min(1e-300).log())),
+        (dist.Uniform(-one, two), ((y + 1) / 3).clamp(0, 1)),
+        (dist.Gumbel(0 * one, one), (-(-(3 * y)).exp()).exp()),
+    ):
+        scale = 3.0 if isinstance(base, dist.Gumbel) else 1.0  # P(Y < -3) = exp(-8103)
+        for sign in (1.0, -1.0):
+            t = AffineTransform(torch.zeros(1).double(), sign / scale * one)
+            flow = Flow(base.to_event(1), [T.elementwise_affine(1), t]).double()()
+            flow._validate_args = False
+            below = flow.cdf(sign * y)
+            right = expected[:, 0] if sign > 0 else 1 - expected[:, 0]
+            torch.testing.assert_close(below, right, rtol=0, atol=1e-9)
+            p = torch.linspace(0.02, 0.98, 7).double()
+            torch.testing.assert_close(flow.cdf(flow.icdf(p)), p, rtol=0, atol=1e-9)
+    ends = Flow(dist.Gamma(two, one).to_event(1), [T.elementwise_affine(1)]).double()
+    ends = ends.icdf(torch.tensor([0.0, 1.0]).double())[:, 0]
+    assert ends.tolist() == [0.0, math.inf]

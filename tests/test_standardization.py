@@ -284,3 +284,16 @@ def test_fit_never_ends_worse_than_it_began():
             warnings.simplefilter("ignore")
             fit(flow, x, num_epochs=2, lr=3.0, validation=validation)
         assert flow.log_prob(x).mean() > before - 0.05
+
+
+def test_calls_compiled_right_after_the_units_were_set_know_them():
+    """A graph cannot look at buffers: whoever sets them has looked."""
+    torch.manual_seed(0)
+    flow = pf.maf(2, 1, num_transforms=1, hidden_dims=[8])
+    x, c = 50 + 9 * torch.randn(64, 2), 1e3 * torch.randn(64, 1)
+    flow.standardize(x, c)
+    compiled = torch.compile(flow.log_prob, backend="eager", fullgraph=True)
+    got = compiled(x, c)
+    torch.testing.assert_close(got, flow.log_prob(x, c))
+    gauss = dist.Normal(x.mean(0), x.std(0, unbiased=False)).log_prob(x).sum(-1)
+    torch.testing.assert_close(got, gauss, rtol=1e-4, atol=1e-4)

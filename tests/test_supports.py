@@ -151,3 +151,18 @@ def test_other_supports_have_no_density_outside():
     with pyro.validation_enabled(False):
         assert flow.log_prob(y).isfinite().all()
         assert flow.log_prob(2 * y).eq(-INF).all()
+
+
+def test_parts_of_a_vector_with_bounds_of_their_own():
+    """A stock CatTransform answers number by number."""
+    joined = stock.CatTransform(
+        [stock.AffineTransform(1.0, 2.0), stock.ExpTransform()], dim=-1, lengths=[1, 1]
+    )
+    flow = Flow(2, [T.elementwise_affine(2), as_bijection(joined)])
+    y = torch.tensor([[3.0, 0.5], [-4.0, 2.0]])
+    expected = dist.Normal(1.0, 2.0).log_prob(y[:, 0]) + dist.LogNormal(0.0, 1.0).log_prob(y[:, 1])
+    torch.testing.assert_close(flow.log_prob(y), expected)
+    inside = flow.distribution()
+    inside._validate_args = False
+    outside = inside.log_prob(torch.tensor([[0.0, -0.5], [0.0, 0.5], [math.nan, 0.5]]))
+    assert outside[0] == -math.inf and outside[1].isfinite() and outside[2].isnan()

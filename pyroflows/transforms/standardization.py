@@ -2,7 +2,6 @@
 
 import math
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from pyroflows.bijection import Bijection, Compose
-from pyroflows.memory import tensors_of, untracked
+from pyroflows.memory import Twin, tensors_of
 from pyroflows.supports import is_real
 
 __all__ = ["Standardized", "Units"]
@@ -29,34 +28,19 @@ class Units(Bijection):
 
     loc: Tensor
     scale: Tensor
-    # What the buffers say, and which were looked at: a look stalls a GPU.
-    _active = False
-    _seen: Sequence[tuple[Any, int]] = ((lambda: None, -1),) * 2
 
     def __init__(self, event_shape: Sequence[int]) -> None:
         super().__init__(event_shape)
         self.domain = self.codomain = constraints.independent(constraints.real, len(event_shape))
         self.register_buffer("loc", torch.zeros(tuple(event_shape)))
         self.register_buffer("scale", torch.ones(tuple(event_shape)))
+        self._known: Twin[bool] = Twin()
+        _ = self.active  # a recorded graph cannot look
 
     @property
     def active(self) -> bool:
         """Whether the map is anything but the identity."""
-        if not untracked():  # there, no buffer can be looked at: the last look holds
-            pairs = [(t, _version(t)) for t in (self.loc, self.scale)]
-            if not all(
-                ref() is t and old == new
-                for (t, new), (ref, old) in zip(pairs, self._seen, strict=True)
-            ):
-                active = not self.loc.is_meta and bool(((self.loc != 0) | (self.scale != 1)).any())
-                seen = [(weakref.ref(t), version) for t, version in pairs]
-                self.__dict__.update(_active=active, _seen=seen)
-        return self._active
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.pop("_seen", None)
-        return state
+        return bool(self._known.of(_differ, self.loc, self.scale))
 
     @torch.no_grad()
     def fit_to(
@@ -103,12 +87,14 @@ class Units(Bijection):
         shape = self.loc.shape if self.loc.dim() < 3 else (*loc.shape, 1, 1)
         self.loc.copy_(loc.reshape(shape))
         self.scale.copy_(torch.where(scale > 0, scale, 1.0).reshape(shape))
+        _ = self.active
 
     @torch.no_grad()
     def reset(self) -> None:
         """Be the identity again."""
         self.loc.zero_()
         self.scale.fill_(1)
+        _ = self.active
 
     def standardize(self, value: Tensor) -> Tensor:
         """Return values without units; the tensor itself while the map is the identity."""
@@ -132,7 +118,7 @@ class Units(Bijection):
             self.reset()  # saved before there were units: no standardization
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
-        _ = self.active  # compiled calls cannot look
+        _ = self.active
 
     def extra_repr(self) -> str:
         """Say whether there are units."""
@@ -273,5 +259,6 @@ def _of_features(values: Tensor, weight: Tensor, binary: bool) -> tuple[Tensor, 
     return torch.where(scale > 0, loc, low), scale, peak
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _differ(loc: Tensor, scale: Tensor) -> bool:
+    """Whether location and scale are anything but those of the identity."""
+    return bool(((loc != 0) | (scale != 1)).any())
