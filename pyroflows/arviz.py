@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.draws import (
     draw_from,
     is_computed,
@@ -25,6 +26,7 @@ from pyroflows.guides.rows import WholeDensity
 __all__ = ["to_arviz"]
 
 
+@model_keywords
 def to_arviz(
     model: Callable,
     guide: Callable,
@@ -33,6 +35,7 @@ def to_arviz(
     predictive: bool = True,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, list[str]] | None = None,
+    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draws from a guide as ArviZ data, under ArviZ 0.23 and 1.x.
@@ -52,6 +55,7 @@ def to_arviz(
         predictive: Whether to add posterior_predictive, which runs the model once more.
         coords: Coordinates of dimensions, those of plates included.
         dims: Names of dimensions for some sites, instead of those of plates.
+        model_kwargs: Keyword arguments of both whose names are also names of these options.
         **kwargs: Keyword arguments of both.
 
     Returns:
@@ -63,6 +67,7 @@ def to_arviz(
     """
     import arviz
 
+    kwargs = {**kwargs, **(model_kwargs or {})}
     density = posterior_density(model, guide, args, kwargs)
     draws = draw_from(guide, density, num_samples, args, kwargs, details=True)
     prototype = density.trace(density.init_loc)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyroflows.arviz import to_arviz
+from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.draws import (
     GuideDraws,
     GuideRuns,
@@ -140,6 +141,7 @@ class _Examination:
         self.complete = False
 
 
+@model_keywords
 def diagnose(
     model: Callable,
     guide: Callable,
@@ -147,6 +149,7 @@ def diagnose(
     num_samples: int = 4000,
     search: bool = True,
     max_time: float = 300.0,
+    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
     """Say how far to trust a guide: any flow or auto-guide, or a custom one.
@@ -174,12 +177,14 @@ def diagnose(
         num_samples: Draws from the guide.
         search: Whether to look beyond them.
         max_time: Seconds after which the search stops; the verdict then says so.
+        model_kwargs: Keyword arguments of both whose names are also names of these options.
         **kwargs: Keyword arguments of both.
 
     Raises:
         ValueError: If the guide draws no value for a continuous latent of the model.
     """
     begun = time.monotonic()
+    kwargs = {**kwargs, **(model_kwargs or {})}
     try:
         density = posterior_density(model, guide, args, kwargs)
     except NotJudged as reason:
@@ -346,7 +351,7 @@ def _search_modes(
     until: float,
 ) -> None:
     starts = scattered_starts(gradients.frame, u, density.init_loc, _prior_starts(density, 16))
-    if density.elements > 2**14:  # a third of every kind
+    if density.elements > 2**14 or density.route == "one by one":  # a third of every kind
         starts = starts[::3]
     steps = max(50, min(100, 100_000 // density.operations))
     modes = find_modes(gradients, starts, u, weights.log_evidence, num_steps=steps, until=until)

@@ -11,9 +11,17 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormal
 
-from pyroflows import AutoFlow, PathGradientELBO, fit_guide
+from pyroflows import (
+    AutoFlow,
+    PathGradientELBO,
+    diagnose,
+    fit_guide,
+    flow_mcmc,
+    importance_resample,
+    to_arviz,
+)
 from pyroflows.guides.prefit import Gaussian as PrefitGaussian
 from pyroflows.guides.prefit import Target, batch_and_match, prefit
 from pyroflows.guides.weights import summarize_weights
@@ -296,3 +304,68 @@ def test_labels_under_the_path_gradient_are_refused():
         svi.step()
     with pytest.raises(ValueError, match="'k'.*TraceEnum_ELBO"):
         fit_guide(model, AutoNormal(poutine.block(model, hide=["k"])), progress=False)
+
+
+def test_data_of_wrong_shape_or_range_are_told_before_anything_else():
+    def labels():
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Categorical(p), obs=torch.tensor([0, 1, 3]))
+
+    def rows():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=torch.zeros(3))
+
+    for model, reason in ((labels, "at site 'y'"), (rows, "'rows'|site 'y'")):
+        with pytest.raises(ValueError, match=reason):
+            fit_guide(model, AutoFlow(model), progress=False)
+
+
+def test_a_latent_that_is_a_point_is_refused():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("square", dist.Delta(x.square()))
+
+    with pytest.raises(ValueError, match=r"'square' is a point.*pyro\.deterministic"):
+        AutoFlow(model).setup()
+
+
+def test_keywords_of_the_model_reach_it_through_everything():
+    def model(num_samples, search=False):
+        pyro.sample("x", dist.Normal(torch.tensor(float(num_samples)), 1.0))
+
+    guide = AutoFlow(model)
+    fit_guide(model, guide, num_samples=7, num_steps=2, progress=False)
+    own = {"num_samples": 7}
+    with pytest.raises(ValueError, match="diagnose and the model both have the keyword 'num_samp"):
+        diagnose(model, guide, num_samples=200)
+    verdict = diagnose(model, guide, num_samples=200, search=False, model_kwargs=own)
+    assert verdict.weights.num_draws == 200 and abs(verdict.weights.elbo) < 0.02
+    for use in (importance_resample, flow_mcmc, to_arviz):
+        with pytest.raises(ValueError, match="both have the keyword 'num_samples'"):
+            use(model, guide, num_samples=20)
+    draws = importance_resample(model, guide, num_samples=20, model_kwargs=own)["x"]
+    chains = flow_mcmc(model, guide, num_samples=20, num_chains=4, model_kwargs=own)
+    for x in (draws, chains.samples["x"]):
+        assert x.mean().item() == pytest.approx(7, abs=4 / 20**0.5)
+    idata = to_arviz(model, guide, num_samples=20, model_kwargs=own)
+    assert float(idata.posterior["x"].mean()) == pytest.approx(7, abs=4 / 20**0.5)
+
+
+def test_a_parameter_of_two_names_takes_one_step():
+    for make in (AutoIAFNormal, lambda model: AutoNormal(model, init_scale=0.5)):
+        pyro.clear_param_store()
+        guide = make(banana)
+        guide()
+        before = [p.detach().clone() for p in guide.parameters()]
+        fit_guide(banana, guide, num_steps=1, lr=0.01, seed=0, progress=False)
+        moved = [
+            (p - b).abs().max().item() for p, b in zip(guide.parameters(), before, strict=True)
+        ]
+        assert 0 < max(moved) <= 0.011  # a first step of Adam is of the size of its rate
+
+
+def test_chains_need_a_flow():
+    with pytest.raises(TypeError, match="AutoFlow; got AutoNormal"):
+        flow_mcmc(banana, AutoNormal(banana))

@@ -1,8 +1,10 @@
 """Verdicts on guides that are known to be right, and on guides that are known to be wrong."""
 
 import math
+import random
 import re
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -238,6 +240,18 @@ def subsampled(y):
         pyro.sample("y", dist.Normal(m, 1.0), obs=y[index] if len(y) == N else y)
 
 
+def numpy_rows():
+    return np.random.randint(0, N, SIZE)
+
+
+def python_rows():
+    return random.sample(range(N), SIZE)
+
+
+def torch_rows():
+    return torch.randperm(N)[:SIZE]
+
+
 def posterior_of_the_mean(shift=0.0):
     precision = N + 1 / 100
     mean = ROWS.double().sum() / precision + shift * precision**-0.5
@@ -290,6 +304,20 @@ def test_latents_of_a_subsampled_plate_are_not_judged():
     assert not verdict.ok and "Not judged: 'z' lies in the plate 'row'" in str(verdict)
     with pytest.raises(ValueError, match="take a plate of all rows"):
         importance_resample(model, AutoFlow(model), ROWS, num_samples=10)
+
+
+@pytest.mark.parametrize("draw", [numpy_rows, python_rows, torch_rows])
+def test_a_model_that_draws_rows_by_itself_is_not_judged(draw):
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 10.0))
+        with pyro.poutine.scale(scale=N / SIZE), pyro.plate("row", SIZE):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y[draw()])
+
+    verdict = diagnose(model, posterior_of_the_mean(), ROWS, num_samples=100)
+    assert not verdict.ok and not verdict.problems
+    assert "Not judged: the model's log-density at one and the same point" in str(verdict)
+    with pytest.raises(ValueError, match="draws rows or noise by itself"):
+        importance_resample(model, posterior_of_the_mean(), ROWS, num_samples=10)
 
 
 def test_heavy_weights_make_evidence_and_divergence_lower_bounds():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -89,14 +90,9 @@ def finite_start(density: LatentDensity, init: Tensor, num: int = 64) -> Tensor 
         return init
     z = normal_points(num, density.dim, like=init, seed=3)
     around = init + z * torch.logspace(-2, 0.5, num).to(init)[:, None]
-    fine = density(around).isfinite().nonzero()
-    if len(fine):
-        return around[fine[0, 0]]
-    for _ in range(num):
-        u = density.start(init_to_sample)
-        if density(u).isfinite():
-            return u
-    return None
+    prior = (density.start(init_to_sample) for _ in range(num))
+    # one by one: where nothing is finite, no batch tells how the model takes one
+    return next((u for u in itertools.chain(around, prior) if density(u).isfinite()), None)
 
 
 def _parameters(model: Callable, args: tuple) -> set[str]:

@@ -17,6 +17,7 @@ from torch.distributions import Independent
 from torch.utils._pytree import tree_leaves
 
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.evaluation import is_circular, is_discrete, likelihoods
 from pyroflows.guides.latent import BUDGET, LatentDensity, plate_nesting
 from pyroflows.guides.routes import largest_tensor
@@ -364,12 +365,14 @@ def draw_from(
         )
 
 
+@model_keywords
 def importance_resample(
     model: Callable,
     guide: Callable,
     *args: Any,
     num_samples: int = 1000,
     num_proposals: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Mapping[str, Tensor]:
     """Draws from the guide, resampled by their Pareto-smoothed importance weights.
@@ -383,19 +386,15 @@ def importance_resample(
         *args: Arguments of both.
         num_samples: Draws to return.
         num_proposals: Draws from the guide to choose from; ten times ``num_samples`` if None.
+        model_kwargs: Keyword arguments of both whose names are also names of these options.
         **kwargs: Keyword arguments of both.
 
     Returns:
         For each latent site ``(num_samples, *site)``.
     """
-    proposals = draw(
-        model,
-        guide,
-        *args,
-        num_samples=num_proposals or 10 * num_samples,
-        details=False,
-        **kwargs,
-    )
+    kwargs = {**kwargs, **(model_kwargs or {})}
+    density = posterior_density(model, guide, args, kwargs)
+    proposals = draw_from(guide, density, num_proposals or 10 * num_samples, args, kwargs)
     log_weights, _ = smooth_weights(proposals.log_weights)
     weights = log_weights.exp().nan_to_num(0.0)
     if not weights.sum() > 0:

@@ -254,8 +254,8 @@ def _begin(
         check_run(density.model, guide, density.args, density.kwargs)
         return
     start = finite_start(density, transport.loc.clone())
-    at = transport.loc if start is None else start
-    check_run(density.model, guide, density.args, density.kwargs, density.constrain(at))
+    values = None if start is None else density.constrain(start)
+    check_run(density.model, guide, density.args, density.kwargs, values)
     if start is None:
         raise ValueError(
             "fit_guide: neither the start, nor points around it, nor draws from the prior have a "
@@ -630,9 +630,9 @@ def _train_any(
 
 
 def _leaves(trace: poutine.Trace) -> dict[str, Tensor]:
-    """Unconstrained leaves of the parameters of a trace."""
-    return {
-        name: site["value"].unconstrained()
-        for name, site in trace.nodes.items()
-        if site["type"] == "param"
-    }
+    """Unconstrained leaves of the parameters of a trace, each once whatever names it has."""
+    found: dict[Tensor, str] = {}
+    for name, site in trace.nodes.items():
+        if site["type"] == "param":
+            found.setdefault(site["value"].unconstrained(), name)
+    return {name: leaf for leaf, name in found.items()}

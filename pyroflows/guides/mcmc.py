@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.draws import posterior_density
 
 __all__ = ["FlowChains", "flow_mcmc", "split_rhat"]
@@ -48,6 +49,7 @@ def split_rhat(draws: Tensor) -> Tensor:
     return (((half - 1) / half * within + between) / within).sqrt()
 
 
+@model_keywords
 def flow_mcmc(
     model: Callable,
     guide: AutoFlow,
@@ -57,6 +59,7 @@ def flow_mcmc(
     warmup_steps: int = 100,
     num_leapfrog: int = 4,
     target_rate: float = 0.8,
+    model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> FlowChains:
     r"""Sample the posterior in the noise of a fitted guide, where it is near standard normal.
@@ -78,13 +81,24 @@ def flow_mcmc(
         warmup_steps: Steps before, in which the step size adapts.
         num_leapfrog: Leapfrog steps of a Hamiltonian proposal.
         target_rate: Acceptance rate to which the step size adapts.
+        model_kwargs: Keyword arguments of the model whose names are also names of these options.
         **kwargs: Keyword arguments of the model.
+
+    Raises:
+        TypeError: If the guide is no AutoFlow.
+        NotJudged: If the model sees only some rows of a subsampled plate and cannot be shown all.
 
     References:
         Hoffman et al. (2019), NeuTra-lizing bad geometry in HMC using neural transport.
         arXiv:1903.03704 Gabrié, Rotskoff, Vanden-Eijnden (2022), Adaptive Monte Carlo augmented
         with normalizing flows. arXiv:2105.12603
     """
+    kwargs = {**kwargs, **(model_kwargs or {})}
+    if not isinstance(guide, AutoFlow):
+        raise TypeError(
+            f"flow_mcmc samples in the noise of an AutoFlow; got {type(guide).__name__}. Fit an "
+            "AutoFlow to the model, or use importance_resample"
+        )
     density = posterior_density(model, guide, args, kwargs)
     transform = guide.get_transform()
     base, D = guide.get_base_dist(), guide.latent_dim

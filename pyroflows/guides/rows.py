@@ -122,7 +122,7 @@ class WholeDensity(LatentDensity):
 
     Raises:
         NotJudged: If the model does not follow the plate's indices, has latents inside of a
-            subsampled plate, or too many blocks.
+            subsampled plate, or too many blocks; or draws rows or noise by itself.
     """
 
     def __init__(
@@ -136,8 +136,17 @@ class WholeDensity(LatentDensity):
         super().__init__(model, args, kwargs, **options)
         seen = self.trace(self.init_loc)
         self.plates = subsampled_plates(seen)
-        if not self.plates:
-            return
+        if self.plates:
+            self._make_whole(seen)
+        if self.stochastic:
+            raise NotJudged(
+                "the model's log-density at one and the same point differs from run to run, as it "
+                "draws rows or noise by itself: give it all rows, or let pyro.plate draw them "
+                "(subsample_size=)"
+            )
+
+    def _make_whole(self, seen: poutine.Trace) -> None:
+        """Visit all rows from now on."""
         for site in self.sites:
             inside = {f.name for f in seen.nodes[site.name]["cond_indep_stack"]}
             for plate in self.plates:

@@ -155,6 +155,11 @@ class SavedGuide(AutoGuide):
             AutoGuide._setup_prototype(self, *args, **kwargs)
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             value, fn = site["value"], site["fn"]
+            if isinstance(fn, dist.Delta):
+                raise ValueError(
+                    f"latent site '{name}' is a point (Delta), which has no density: write "
+                    f"pyro.deterministic('{name}', value), or pyro.param for what is trained"
+                )
             if tuple(value.shape) != tuple(fn.shape()):
                 raise ValueError(
                     f"init_loc_fn gave site '{name}' a value of shape {tuple(value.shape)}; "
