@@ -246,6 +246,16 @@ def test_conditional_samples_follow_bayes(joint):
     assert len(joint.sample(3, pd.DataFrame({"kind": ["u", "v"]}))) == 6
 
 
+def test_rows_to_condition_on_come_in_any_number_under_any_index(joint, table):
+    given = table[["kind", "size"]].dropna().head(4)
+    want = joint.sample(3, given.reset_index(drop=True), random_state=0)
+    for index in ([7, 7, 7, 8], list("abab")):
+        pd.testing.assert_frame_equal(
+            joint.sample(3, given.set_axis(index), random_state=0).reset_index(drop=True), want
+        )
+    assert len(joint.sample(5, {})) == 5 and len(joint.mean({})) == 1
+
+
 def test_impute_fills_gaps_only(joint, table):
     for method in ("draw", "mean"):
         full = joint.impute(table, method=method)
@@ -359,6 +369,8 @@ def test_bad_input_is_named(joint, table):
         joint.predict_outliers(table, 2.0)
     with pytest.raises(ValueError, match="random_state"):
         DensityEstimator(random_state="seed").fit(table)
+    with pytest.raises(ValueError, match="schema of 'kind': expected a dict"):
+        DensityEstimator(schema={"kind": "categorical"}).fit(table)
     with pytest.raises(ValueError, match="missing must be"):
         DensityEstimator(missing="drop").fit(table)
     assert np.isfinite(joint.score_samples(table.assign(kind="never seen").iloc[:3])).all()

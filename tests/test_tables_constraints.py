@@ -119,12 +119,17 @@ def test_largest_of_several_and_chains():
         ("k < a", "'k' holds labels"),
         (["a <= c", "c <= a"], "form a circle"),
         (7, "expected text"),
+        ("2*a <= c", r"'2\*a' is neither a column"),
     ],
 )
 def test_bad_constraints_are_named(rule, message):
     table = orders().assign(k="u")
     with pytest.raises(ValueError, match=message):
         Schema.from_frame(table, constraints=rule if isinstance(rule, list) else [rule])
+
+
+def test_one_constraint_may_be_text():
+    assert Schema.from_frame(orders(), constraints="a <= c")["c"].relation.names == ["a"]
 
 
 def test_half_known_rows_are_refused():

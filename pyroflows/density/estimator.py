@@ -152,7 +152,8 @@ class DensityEstimator(Conventions):
         named = isinstance(x, pd.DataFrame) or isinstance(x, Mapping)
         if isinstance(x, Mapping) and not isinstance(x, pd.DataFrame):
             one = all(np.ndim(v) == 0 or isinstance(v, str) for v in x.values())
-            x = pd.DataFrame({k: [v] for k, v in x.items()}) if one else pd.DataFrame(x)
+            rows = {k: [v] for k, v in x.items()} if one else x
+            x = pd.DataFrame(rows, index=[0] if one else None)
         frame = as_frame(x, self.schema_.names)
         names = [c.name for c in self.schema_]
         # the rest of a table is not our concern
@@ -710,7 +711,7 @@ class DensityEstimator(Conventions):
         filled[good] = self._fill(values[good], n, generator, leave)
         drawn = self.schema_.decode(filled.flatten(0, 1).numpy())
         same = [c for c in frame.columns if frame[c].dtype == drawn[c].dtype]
-        return self._wrapped(fill_gaps(frame[same].loc[frame.index.repeat(n)], drawn))
+        return self._wrapped(fill_gaps(frame[same].iloc[np.arange(len(frame)).repeat(n)], drawn))
 
     def _given(self, given: Any) -> tuple[Tensor, Tensor, pd.DataFrame]:
         """Encoded evidence, which rows of it can be (the others are blank), and its cells.

@@ -201,7 +201,7 @@ def _constant(token: Any, so_far: Any, sign: int, source: Any, known: list[Any])
     try:
         return so_far + sign * float(token)
     except (TypeError, ValueError):
-        if re.match(r"\d", str(token)):
+        if re.fullmatch(r"\d[\w:.-]*", str(token)):
             return str(token)  # a date; the column will read it
     raise ValueError(
         f"constraint {source!r}: {token!r} is neither a column of {known} nor a number"

@@ -29,6 +29,11 @@ __all__ = ["Schema", "as_frame", "ignored"]
 
 def ignored(overrides: Mapping[Any, Mapping[str, Any]] | None) -> set[Any]:
     """Columns that ``{"name": {"kind": "ignore"}}`` leaves out."""
+    for name, changes in (overrides or {}).items():
+        if not isinstance(changes, Mapping):
+            raise ValueError(
+                f"schema of {name!r}: expected a dict like {{'kind': 'ignore'}}; got {changes!r}"
+            )
     return {name for name, c in (overrides or {}).items() if c.get("kind") == "ignore"}
 
 
@@ -84,7 +89,8 @@ class Schema:
         if set(unknown) - left_out:
             raise KeyError(f"no column {unknown[0]!r}; there are {list(frame.columns)}")
         names = [name for name in frame.columns if name not in left_out]
-        parsed = [parse_constraint(c, names) for c in constraints]
+        several = [constraints] if isinstance(constraints, str) else constraints
+        parsed = [parse_constraint(c, names) for c in several]
         columns = [Column.from_series(frame[name], overrides.get(name)) for name in names]
         for column in columns:
             if "kind" not in overrides.get(column.name, {}):
