@@ -67,13 +67,18 @@ class Bijection(TransformModule):
         self.event_shape = None if event_shape is None else torch.Size(event_shape)
         self.context_dim = context_dim
 
+    @property
+    def _title(self) -> str:
+        """What errors call it."""
+        return type(self).__name__
+
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return y and log|det dy/dx|, shape batch (or broadcastable to it)."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward direction")
+        raise NotImplementedError(f"{self._title} has no forward direction")
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return x and log|det dx/dy|, shape batch (or broadcastable to it)."""
-        raise NotImplementedError(f"{type(self).__name__} has no inverse direction")
+        raise NotImplementedError(f"{self._title} has no inverse direction")
 
     def _image(
         self, support: constraints.Constraint, inverse: bool = False
@@ -129,17 +134,17 @@ class Bijection(TransformModule):
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
         if self.context_dim and self._context is None:
             raise RuntimeError(
-                f"{type(self).__name__} needs a context of shape (..., {self.context_dim}): "
+                f"{self._title} needs a context of shape (..., {self.context_dim}): "
                 "call .condition(context) first"
             )
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"{type(self).__name__} expects a tensor; got {type(value).__name__}. "
+                f"{self._title} expects a tensor; got {type(value).__name__}. "
                 "Convert it, e.g. torch.as_tensor(x)"
             )
         if not value.is_floating_point():
             raise TypeError(
-                f"{type(self).__name__} expects floating-point values; got {value.dtype}. "
+                f"{self._title} expects floating-point values; got {value.dtype}. "
                 "Convert them, e.g. x.float()"
             )
         expected = self.event_shape
@@ -150,7 +155,7 @@ class Bijection(TransformModule):
         if len(given) < event_dim or (expected is not None and given != expected):
             want = ["..."] + ([str(n) for n in expected] if expected else ["*"] * event_dim)
             raise ValueError(
-                f"{type(self).__name__} expects values of shape ({', '.join(want)}); "
+                f"{self._title} expects values of shape ({', '.join(want)}); "
                 f"got {tuple(value.shape)}"
             )
         if not torch.compiler.is_compiling():
@@ -168,7 +173,7 @@ class Bijection(TransformModule):
             if same and torch.is_autocast_enabled(given.device.type):  # it leaves float64 alone
                 continue
             raise ValueError(
-                f"{type(self).__name__} has parameters of {own.dtype} on {own.device}; got "
+                f"{self._title} has parameters of {own.dtype} on {own.device}; got "
                 f"{what} of {given.dtype} on {given.device}. Convert one of them, e.g. with "
                 f".to({what})"
             )
@@ -228,7 +233,7 @@ class Bijection(TransformModule):
 
         Else there is no such attribute (torch.jit asks every module).
         """
-        raise AttributeError(f"{type(self).__name__} has no sign of its own")
+        raise AttributeError(f"{self._title} has no sign of its own")
 
     def with_cache(self, cache_size: int = 1) -> "Bijection":
         """Return self: the memory of the last call is always right, so it needs no switch."""
@@ -269,7 +274,7 @@ class Bijection(TransformModule):
             return torch.broadcast_shapes(batch, context.shape[:-1])
         except RuntimeError:
             raise ValueError(
-                f"{type(self).__name__}: a batch {tuple(batch)} of values does not broadcast with "
+                f"{self._title}: a batch {tuple(batch)} of values does not broadcast with "
                 f"a context of shape {tuple(context.shape)}"
             ) from None
 
@@ -297,7 +302,7 @@ class Bijection(TransformModule):
         """
         if not self.context_dim:
             return self
-        check_context(context, self.context_dim, type(self).__name__)
+        check_context(context, self.context_dim, self._title)
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view.__dict__.update(_context=context, _entry=None, _inverse_ref=None)

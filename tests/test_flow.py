@@ -341,3 +341,10 @@ def test_inductor_gives_the_same_gradients():
     expected = torch.autograd.grad(flow.log_prob(x).sum(), flow.parameters())
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_errors_of_shape_name_the_flow():
+    with pytest.raises(
+        ValueError, match=r"Flow expects values of shape \(\.\.\., 2\); got \(5, 3\)"
+    ):
+        pf.realnvp(2).log_prob(torch.zeros(5, 3))

@@ -144,6 +144,8 @@ class Standardized(Compose):
         ValueError: As :class:`pyroflows.bijection.Compose`.
     """
 
+    _title = "Flow"  # which is what users have in hand
+
     def __init__(
         self,
         parts: Sequence[Transform | Bijection],
