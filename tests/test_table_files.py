@@ -191,3 +191,13 @@ def test_text_that_writes_numbers_is_said(tmp_path, cell, last, said):
 def test_labels_that_are_no_numbers_pass_in_silence(tmp_path):
     codes = [f"0{i:04d}" for i in range(30)] * 3
     Schema.from_frame(pd.DataFrame({"zip": codes, "kind": [f"type {i % 30}" for i in range(90)]}))
+
+
+@pytest.mark.parametrize("form", ["%m/%d/%Y", "%d.%m.%Y", "%d %b %Y", "%b %d, %Y"])
+def test_times_in_text_are_said(form):
+    days = pd.Series(pd.date_range("2024-01-01", periods=100).strftime(form).to_numpy())
+    table = pd.DataFrame(
+        {"day": days.sample(500, replace=True, random_state=0, ignore_index=True)}
+    )
+    with pytest.warns(UserWarning, match="column 'day' has .* labels that are times in text"):
+        Schema.from_frame(table)

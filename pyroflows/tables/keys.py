@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ def suspicion(cells: pd.Series, labels: bool) -> str | None:
 
 
 def _misread(there: pd.Series, count: int) -> str | None:
-    """Labels most of which write a number: plainly, with a mark, or beside a word for missing."""
+    """Labels that write times, or numbers: plainly, with a mark, beside a word for missing."""
     import pandas as pd
 
     if count <= 20:
@@ -152,7 +153,7 @@ def _misread(there: pd.Series, count: int) -> str | None:
     bare = levels.str.replace(rf"[\s{MARKS}]", "", regex=True)
     odd = levels[pd.to_numeric(bare, errors="coerce").isna()]
     if len(odd) > 0.2 * count:
-        return None
+        return _times(levels, there.name)
     marks = [m for m in MARKS if levels.str.contains(m, regex=False).any()]
     if not marks and levels.str.match(r"0\d").any():
         return None  # codes
@@ -166,3 +167,22 @@ def _misread(there: pd.Series, count: int) -> str | None:
         *([MISSING.format(odd=odd.iloc[0])] if len(odd) else []),
     ]
     return f"{found}; {' and '.join(ways or [NUMERIC.format(name=there.name)])}"
+
+
+def _times(levels: pd.Series, name: Any) -> str | None:
+    """Labels most of which are times in text, in some way that is not read by itself."""
+    import pandas as pd
+
+    like = levels.str.fullmatch(r"(?:\d{1,4}|[A-Za-z]{3,9})[-/., ]+.*\d.*")
+    if like.mean() < 0.8:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas on which of the numbers is the month
+        found = pd.to_datetime(levels, format="mixed", errors="coerce", utc=True)
+    if found.notna().mean() < 0.8:
+        return None
+    return (
+        f"{len(levels)} labels that are times in text, e.g. {levels.iloc[0]!r}; convert them with "
+        f"pd.to_datetime(..., format=...), or, if pandas tells day and month apart, read them so: "
+        f"schema={{{name!r}: {{'kind': 'datetime'}}}}"
+    )
