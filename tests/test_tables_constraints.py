@@ -132,6 +132,12 @@ def test_one_constraint_may_be_text():
     assert Schema.from_frame(orders(), constraints="a <= c")["c"].relation.names == ["a"]
 
 
+def test_a_constraint_between_given_columns_is_said_to_bind_nothing():
+    table = pd.DataFrame({"a": [1.0, 2.5, 4.0], "b": [2.0, 3.5, 7.0], "y": [0.0, 1.5, 2.0]})
+    with pytest.warns(UserWarning, match="'a < b' is between given columns only"):
+        Schema.from_frame(table, constraints=["a < b"], given=["a", "b"])
+
+
 def test_half_known_rows_are_refused():
     table = orders()[["start", "end", "x"]]
     model = DensityEstimator(constraints=["start < end"], **QUICK).fit(table)

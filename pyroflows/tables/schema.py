@@ -137,6 +137,12 @@ class Schema:
                 self._bound(c, raw)
             elif any(name not in given for _, name in c.terms):
                 self._add(c, given)
+            else:
+                warnings.warn(
+                    f"constraint {c.source!r} is between given columns only: the model has no say "
+                    "in them, so that rows which break it are taken as they come",
+                    stacklevel=5,
+                )
         self._related = self._sorted()
         for name in self._related:
             column = self[name]
