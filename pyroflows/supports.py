@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions.transforms import ELUTransform
 from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import (
@@ -95,7 +96,14 @@ def codomain_of(transform: Transform) -> constraints.Constraint:
     if isinstance(transform, CatTransform):
         parts = [codomain_of(t) for t in transform.transforms]
         return constraints.cat(parts, transform.dim, transform.lengths)
+    if isinstance(transform, ELUTransform):
+        return constraints.greater_than(-1.0)  # Pyro's class says that it is positive
     return transform.codomain
+
+
+def _domain_of(transform: Transform) -> constraints.Constraint:
+    inverted = isinstance(transform, _InverseTransform)
+    return codomain_of(transform.inv) if inverted else transform.domain
 
 
 def push(transform: Transform, support: Any) -> constraints.Constraint:
@@ -108,7 +116,8 @@ def push(transform: Transform, support: Any) -> constraints.Constraint:
             support = push(part, support)
         return over(support, transform.codomain.event_dim)
     codomain = codomain_of(transform)
-    entering, domain, image = Bounds.of(support), Bounds.of(transform.domain), Bounds.of(codomain)
+    entering, domain = Bounds.of(support), Bounds.of(_domain_of(transform))
+    image = Bounds.of(codomain)
     if entering is None or domain is None or image is None or not _elementwise(transform):
         return codomain
     low, high = _largest(entering.low, domain.low), _smallest(entering.high, domain.high)

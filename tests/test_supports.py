@@ -23,6 +23,8 @@ BOUNDED = {
     "exp": (lambda: stock.ExpTransform(), 0, INF),
     "softplus": (lambda: [T.elementwise_affine(2), stock.SoftplusTransform()], 0, INF),
     "tanh": (lambda: stock.TanhTransform(), -1, 1),
+    "elu": (lambda: T.elu(), -1, INF),
+    "exp of elu": (lambda: [T.elu(), stock.ExpTransform()], math.exp(-1), INF),
     "negative": (
         lambda: [stock.ExpTransform(), stock.AffineTransform(3.0, -2.0)], -INF, 3),
     "log of interval": (

@@ -131,7 +131,7 @@ def model_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
         lead |= dict(zip(names, args, strict=False))
         args = args[len(names) :]
         guide = lead.get("guide")
-        model: Any = lead.get("model", getattr(guide, "model", guide))
+        model: Any = lead["model"] if "model" in lead else getattr(guide, "model", guide)
         clash = sorted(own & set(kwargs) & _parameters(model, args)) if given is None else []
         if clash:
             raise ValueError(
