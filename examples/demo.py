@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path.cwd(), help="folder of the pictures")
     parser.add_argument("--epochs", type=int, default=40, help="sweeps of neural_spline's fit")
-    parser.add_argument("--seconds", type=float, default=40.0, help="time of DensityEstimator")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time of DensityEstimator")
     parser.add_argument("--steps", type=int, default=2000, help="SVI steps of Pyro's guide")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
