@@ -14,7 +14,7 @@ from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.draws import posterior_density
 
-__all__ = ["FlowChains", "flow_mcmc", "split_rhat"]
+__all__ = ["FlowChains", "flow_mcmc", "leapfrog", "split_rhat"]
 
 
 @dataclass
@@ -34,6 +34,35 @@ class FlowChains:
     hmc_rate: float
     step_size: float
     rhat: float
+
+
+def leapfrog(
+    with_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
+    position: Tensor,
+    momentum: Tensor,
+    grad: Tensor,
+    size: Tensor | float,
+    num_steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Follow Hamilton's equations for unit masses, all chains at once.
+
+    Args:
+        with_gradient: Log-density ``(C,)`` and its gradient ``(C, D)`` at positions ``(C, D)``.
+        position: Where the chains are, ``(C, D)``.
+        momentum: Their momenta, ``(C, D)``.
+        grad: Gradient of the log-density there, ``(C, D)``.
+        size: Length of a step, broadcastable to ``(C, D)``.
+        num_steps: Number of steps, 1 or more; each costs a gradient.
+
+    Returns:
+        Positions, momenta, log-densities and gradients at the end.
+    """
+    for _ in range(num_steps):
+        momentum = momentum + 0.5 * size * grad
+        position = position + size * momentum
+        log_p, grad = with_gradient(position)
+        momentum = momentum + 0.5 * size * grad
+    return position, momentum, log_p, grad
 
 
 def split_rhat(draws: Tensor) -> Tensor:
@@ -130,13 +159,9 @@ def flow_mcmc(
         size = math.exp(log_step) * (
             0.8 + 0.4 * torch.rand(()).item()
         )  # jittered against resonance
-        q, momentum, g = z, torch.randn_like(z), grad
+        momentum = torch.randn_like(z)
         energy = log_p - 0.5 * momentum.square().sum(-1)
-        for _ in range(num_leapfrog):
-            momentum = momentum + 0.5 * size * g
-            q = q + size * momentum
-            new, g = with_gradient(q)
-            momentum = momentum + 0.5 * size * g
+        q, momentum, new, g = leapfrog(with_gradient, z, momentum, grad, size, num_leapfrog)
         log_ratio = (new - 0.5 * momentum.square().sum(-1) - energy).nan_to_num(-math.inf)
         move = torch.rand_like(log_ratio).log() < log_ratio
         z = torch.where(move[:, None], q, z)

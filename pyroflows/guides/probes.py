@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.guides.latent import LatentDensity
+from pyroflows.guides.mcmc import leapfrog
 from pyroflows.guides.prefit import Gaussian, Target, laplace, normal_points, prefit
 
 __all__ = ["Frame", "Marginals", "Mode", "chains", "find_modes"]
@@ -195,12 +196,7 @@ def chains(
         size = 1.2 / D**0.25 * 10 ** (-2 * uniform((len(x), 1)).to(x))
         momentum = draw(x.shape).to(x)
         energy = log_p - 0.5 * momentum.square().sum(-1)
-        q, g, new = x, grad, log_p
-        for _ in range(num_leapfrog):
-            momentum = momentum + 0.5 * size * g
-            q = q + size * momentum
-            new, g = gradients(q)
-            momentum = momentum + 0.5 * size * g
+        q, momentum, new, g = leapfrog(gradients, x, momentum, grad, size, num_leapfrog)
         log_ratio = (new - 0.5 * momentum.square().sum(-1) - energy).nan_to_num(-math.inf)
         move = uniform((len(x),)).to(x).log() < log_ratio
         x = torch.where(move[:, None], q, x)
