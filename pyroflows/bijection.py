@@ -54,7 +54,6 @@ class Bijection(TransformModule):
     domain: constraints.Constraint = constraints.real_vector
     codomain: constraints.Constraint = constraints.real_vector
     bijective = True
-    cheaper_inverse = False  #: whether data-to-noise costs fewer network calls than noise-to-data
 
     _context: Tensor | None = None
     _entry: "Entry | None" = None
@@ -66,6 +65,22 @@ class Bijection(TransformModule):
             raise ValueError(f"context_dim must be 0 or more; got {context_dim}")
         self.event_shape = None if event_shape is None else torch.Size(event_shape)
         self.context_dim = context_dim
+
+    @property
+    def calls(self) -> tuple[float, float]:
+        """What the two directions cost, in network calls one after the other.
+
+        From noise to data, and from data to noise; ``(1, 1)`` unless a class says otherwise. Free
+        parameters and fixed maps cost 0; a root search costs its evaluations of the map; an
+        unknown cost is infinite.
+        """
+        return 1, 1
+
+    @property
+    def cheaper_inverse(self) -> bool:
+        """Whether data to noise costs fewer network calls than noise to data."""
+        forward, inverse = self.calls
+        return inverse < forward
 
     @property
     def _title(self) -> str:
@@ -370,9 +385,10 @@ class Inverse(Bijection):
         return self.transform.domain
 
     @property
-    def cheaper_inverse(self) -> bool:  # type: ignore[override]
-        """Whether the transform itself is the cheaper direction."""
-        return not self.transform.cheaper_inverse
+    def calls(self) -> tuple[float, float]:
+        """Those of the transform, swapped."""
+        forward, inverse = self.transform.calls
+        return inverse, forward
 
     @property
     def sign(self) -> int:
@@ -479,9 +495,10 @@ class Compose(Bijection):
         return (self._last_codomain if inverse else self.domain).event_dim
 
     @property
-    def cheaper_inverse(self) -> bool:  # type: ignore[override]
-        """Whether more parts are cheaper backwards than not."""
-        return 2 * sum(part.cheaper_inverse for part in self.parts) > len(self.parts)
+    def calls(self) -> tuple[float, float]:
+        """The sums of the parts'."""
+        forward, inverse = zip(*(part.calls for part in self), strict=True)
+        return sum(forward), sum(inverse)
 
     @property
     def sign(self) -> int:
@@ -579,6 +596,11 @@ class _Wrapped(Bijection):
     def transform(self) -> Any:
         """The transform, with the present numbers."""
         return self.constants.bind()
+
+    @property
+    def calls(self) -> tuple[float, float]:
+        """What a foreign network's inverse costs is not known; without a network nothing."""
+        return (1, math.inf) if any(True for _ in self.parameters()) else (0, 0)
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:

@@ -7,6 +7,7 @@ import pickle
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as stock
 import pytest
 import torch
 from cases import CASES, build, contexts, disturb, noise
@@ -14,8 +15,8 @@ from pyro.distributions.conditional import ConditionalTransform, ConditionalTran
 from pyro.distributions.torch_transform import TransformModule
 from pyro.infer import SVI, Trace_ELBO
 
-from pyroflows.bijection import Bijection
-from pyroflows.conditioners import Dense, Masked
+from pyroflows.bijection import Bijection, Compose, as_bijection
+from pyroflows.conditioners import Conv, Dense, Masked, SequentialPass
 
 BATCHES = [(), (3,), (2, 3), (0,)]
 KINDS = [(n, c) for n, case in CASES.items() for c in ((0, 2) if case.takes_context else (0,))]
@@ -174,6 +175,44 @@ def test_copies_are_whole(name, context_dim):
         torch.testing.assert_close(other.condition(c)(x), y)
         assert not {id(p) for p in other.parameters()} & {id(p) for p in t.parameters()}
         assert other.inv.inv is other
+
+
+def count_calls(t, monkeypatch):
+    """A list that grows with every call of a network, and every step of a sequential one."""
+    calls = []
+    for module in t.modules():
+        if isinstance(module, (Dense, Masked, Conv)):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    step = SequentialPass.params
+    monkeypatch.setattr(SequentialPass, "params", lambda self: calls.append(1) or step(self))
+    return calls
+
+
+@each_kind
+def test_calls_are_those_counted(name, context_dim, monkeypatch):
+    t = build(name, context_dim)
+    fixed, calls = t.condition(contexts(context_dim, 3)), count_calls(t, monkeypatch)
+    y = fixed._call(noise(name, 3))
+    forward = len(calls)
+    fixed._inverse(y)
+    inverse = len(calls) - forward
+    roots = 8 * {"planar": 1, "planar_one_feature": 1, "sylvester": 3}.get(name, 0)
+    assert t.calls == (forward, inverse + roots)
+    assert t.inv.calls == (inverse + roots, forward)
+    assert Compose([t, t.inv]).calls == (forward + inverse + roots,) * 2
+
+
+def test_calls_that_a_class_says_nothing_about():
+    class Own(Bijection):
+        pass
+
+    class Slow(Bijection):
+        calls = (1, 20)
+
+    assert Own().calls == (1, 1) and not Own().cheaper_inverse
+    assert Slow().inv.calls == (20, 1) and Slow().inv.cheaper_inverse
+    foreign = as_bijection(stock.affine_autoregressive(3, [4]))
+    assert foreign.calls == (1, math.inf) and foreign.inv.cheaper_inverse
 
 
 @each_kind

@@ -275,17 +275,15 @@ class Transport(Bijection):
         )
 
     @property
+    def calls(self) -> tuple[float, float]:
+        """Those of the flow."""
+        return self.flow.calls
+
+    @property
     def inverts_cheaply(self) -> bool:
         """Whether the inverse of the flow costs about as much as the flow, as for couplings."""
-        kinds = {type(inner).__name__ for inner in self.flow.modules()}
-        return not kinds & {
-            "Autoregressive",
-            "_Wrapped",
-            "Residual",
-            "Planar",
-            "Radial",
-            "Sylvester",
-        }
+        forward, inverse = self.flow.calls
+        return inverse <= 2 * forward
 
     @property
     def log_det_scale(self) -> Tensor:

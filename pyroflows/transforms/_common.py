@@ -41,6 +41,11 @@ class Along(Bijection):
         self.dim, self.size = dim, shape[0]
         self.domain = self.codomain = constraints.independent(constraints.real, -dim)
 
+    @property
+    def calls(self) -> tuple[float, float]:
+        """One network call in either direction if there is a context, else none."""
+        return (1, 1) if self.context_dim else (0, 0)
+
     def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
         super()._check(value, event_dim, inverse)
         if value.shape[self.dim] != self.size:

@@ -62,6 +62,11 @@ class Autoregressive(Bijection):
         super().__init__([conditioner.input_dim], context_dim=context_dim)
         self.scalar, self.conditioner = scalar, conditioner
 
+    @property
+    def calls(self) -> tuple[float, float]:
+        """One network call forward; as many steps as features back."""
+        return 1, self.conditioner.input_dim
+
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y, log_slope = self.scalar.forward(x, self.conditioner(x, context))
         return y, log_slope.sum(-1)

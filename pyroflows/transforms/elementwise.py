@@ -54,6 +54,11 @@ class Elementwise(Bijection):
         self.scalar, self.conditioner = scalar, conditioner
         self.domain = self.codomain = constraints.independent(constraints.real, len(event_shape))
 
+    @property
+    def calls(self) -> tuple[float, float]:
+        """One network call in either direction if there is a context, else none."""
+        return (1, 1) if self.context_dim else (0, 0)
+
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         params = self.conditioner(value, context)
         move = self.scalar.inverse if inverse else self.scalar.forward

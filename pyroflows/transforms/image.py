@@ -46,6 +46,7 @@ class Squeeze(Bijection):
     """
 
     domain = codomain = constraints.independent(constraints.real, 3)
+    calls = (0, 0)
 
     def __init__(self, factor: int = 2, input_dim: Sequence[int] | None = None) -> None:
         super().__init__(input_dim)
@@ -135,9 +136,9 @@ class Part(Along):
         self.inner = inner
 
     @property
-    def cheaper_inverse(self) -> bool:  # type: ignore[override]
-        """As the inner bijection."""
-        return self.inner.cheaper_inverse
+    def calls(self) -> tuple[float, float]:
+        """Those of the inner bijection."""
+        return self.inner.calls
 
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         kept, moved = value.split([self.size - self.moved, self.moved], self.dim)

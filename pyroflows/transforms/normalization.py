@@ -150,7 +150,7 @@ class BatchNorm(Along):
 
     moving_mean: Tensor
     moving_variance: Tensor
-    cheaper_inverse = True  # the statistics of a batch are found on the data side only
+    cheaper_inverse = True  # the statistics of a batch are found on the data side alone
 
     def __init__(
         self,

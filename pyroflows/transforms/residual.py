@@ -26,6 +26,7 @@ __all__ = [
     "sylvester",
 ]
 
+ROOT_SEARCH = 8  # evaluations of a map until its root is found, about
 MIN_SLOPE = 1e-3  # bounds the condition number of the inverse
 
 
@@ -67,6 +68,12 @@ class Planar(Along):
         w = torch.randn(input_dim) / math.sqrt(input_dim)
         start = torch.cat([torch.zeros(1 + input_dim), w]).unsqueeze(0)
         self.vectors = Parameters(start, context_dim=context_dim, **network)
+
+    @property
+    def calls(self) -> tuple[float, float]:
+        """Network calls of a context, and a root search back."""
+        forward, inverse = super().calls
+        return forward, inverse + ROOT_SEARCH
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return b, w, the bent u, and 1 + w · u."""
@@ -189,6 +196,12 @@ class Sylvester(Along):
         self.sizes = [len(piece) for piece in pieces]
         start = torch.cat(pieces).unsqueeze(0)
         self.vectors = Parameters(start, context_dim=context_dim, **network)
+
+    @property
+    def calls(self) -> tuple[float, float]:
+        """Network calls of a context, and a root search for each feature back."""
+        forward, inverse = super().calls
+        return forward, inverse + ROOT_SEARCH * self.size
 
     def _params(self, context: Tensor | None) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor]:
         """Return the normals of Q's reflections, R, S and b."""
