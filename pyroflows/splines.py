@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pyroflows.numerics import gradients_of, plain, soft_bound
 
-__all__ = ["LinearRational", "RationalQuadratic"]
+__all__ = ["LinearRational", "RationalQuadratic", "rational_quadratic"]
 
 Params = Tensor | tuple[Tensor, ...]
 
@@ -192,39 +192,8 @@ class RationalQuadratic(_Spline):
     def _bin(
         self, z: Tensor, ends: Tensor, raw_slopes: Tensor, *raw_bin: Tensor, inverse: bool
     ) -> tuple[Tensor, ...]:
-        lower, upper = ends.unbind(1)
-        (x0, y0), (w, h) = lower.unbind(), (upper - lower).unbind()
-        s = h / w
         slopes, cosine = _exp_soft_bound(raw_slopes, math.log(self.max_slope))
-        a = slopes / s
-        a0, a1 = a.unbind()
-        xi, eta = self._solve((z - y0) / h, a0, a1) if inverse else _shares((z - x0) / w)
-        P, Q = torch.addcmul(xi, a0, eta), torch.addcmul(eta, a1, xi)
-        low = xi * P
-        den = torch.addcmul(low, eta, Q)
-        log_slope = torch.log(s * torch.addcmul(xi * Q, eta, P) / (den * den))
-        if inverse:
-            return torch.addcmul(x0, w, xi), -log_slope, xi, eta, a, cosine
-        return torch.addcmul(y0, h, low / den), log_slope, xi, eta, a, cosine
-
-    @staticmethod
-    def _solve(r: Tensor, a0: Tensor, a1: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The shares ξ and η from the relative height r.
-
-        With :math:`2 \delta = a_0 (1 - r) - a_1 r` a quarter of the discriminant is
-        :math:`\delta^2 + r (1 - r)`, a sum of two terms that are not negative. With
-        :math:`t = |\delta| + \sqrt{\delta^2 + r (1 - r)}` the root is :math:`r / (r + t)`, or
-        :math:`t / (t + 1 - r)` where δ < 0. Nothing cancels and nothing divides by zero, so
-        that Newton steps would have nothing to improve.
-        """
-        r, rest = _shares(r)
-        delta = torch.addcmul(a0 * rest, a1, r, value=-1) / 2
-        right = (delta < 0).to(r.dtype)  # lerp by 0 or 1 is exact, and faster than where
-        root = torch.sqrt(torch.addcmul(r * rest, delta, delta))
-        t = root + torch.lerp(delta, -delta, right)
-        low, high = torch.lerp(r, t, right), torch.lerp(t, rest, right)
-        total = low + high
-        return low / total, high / total
+        return *rational_quadratic(z, ends, slopes, inverse=inverse), cosine
 
     def _bin_gradient(
         self,
@@ -411,6 +380,56 @@ class LinearRational(_Spline):
         )
         g_lam *= (1 - 2 * self.min_lambda) * sigma * (1 - sigma)
         return g_z, g_ends, g_root * (0.5 * cosine.pow(3)), g_lam
+
+
+def rational_quadratic(
+    z: Tensor, ends: Tensor, slopes: Tensor, *, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A rational-quadratic map inside one bin; the formula of :class:`RationalQuadratic`.
+
+    Args:
+        z: x, or y if ``inverse``; any shape. Beyond the bin counts as its nearer end.
+        ends: x and y (first axis) of the lower and the upper end of the bin (second axis);
+            shape (2, 2, *shape).
+        slopes: Positive dy/dx at both ends; shape (2, *shape).
+        inverse: The direction.
+
+    Returns:
+        The output, the log-slope of this direction, ξ, η = 1 - ξ, and the slopes over the mean
+        slope of the bin, shape (2, *shape).
+    """
+    lower, upper = ends.unbind(1)
+    (x0, y0), (w, h) = lower.unbind(), (upper - lower).unbind()
+    s = h / w
+    a = slopes / s
+    a0, a1 = a.unbind()
+    xi, eta = _rational_quadratic_root((z - y0) / h, a0, a1) if inverse else _shares((z - x0) / w)
+    P, Q = torch.addcmul(xi, a0, eta), torch.addcmul(eta, a1, xi)
+    low = xi * P
+    den = torch.addcmul(low, eta, Q)
+    log_slope = torch.log(s * torch.addcmul(xi * Q, eta, P) / (den * den))
+    if inverse:
+        return torch.addcmul(x0, w, xi), -log_slope, xi, eta, a
+    return torch.addcmul(y0, h, low / den), log_slope, xi, eta, a
+
+
+def _rational_quadratic_root(r: Tensor, a0: Tensor, a1: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The shares ξ and η from the relative height r.
+
+    With :math:`2 \delta = a_0 (1 - r) - a_1 r` a quarter of the discriminant is
+    :math:`\delta^2 + r (1 - r)`, a sum of two terms that are not negative. With
+    :math:`t = |\delta| + \sqrt{\delta^2 + r (1 - r)}` the root is :math:`r / (r + t)`, or
+    :math:`t / (t + 1 - r)` where δ < 0. Nothing cancels and nothing divides by zero, so
+    that Newton steps would have nothing to improve.
+    """
+    r, rest = _shares(r)
+    delta = torch.addcmul(a0 * rest, a1, r, value=-1) / 2
+    right = (delta < 0).to(r.dtype)  # lerp by 0 or 1 is exact, and faster than where
+    root = torch.sqrt(torch.addcmul(r * rest, delta, delta))
+    t = root + torch.lerp(delta, -delta, right)
+    low, high = torch.lerp(r, t, right), torch.lerp(t, rest, right)
+    total = low + high
+    return low / total, high / total
 
 
 def _shares(xi: Tensor) -> tuple[Tensor, Tensor]:
