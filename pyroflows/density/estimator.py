@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyroflows.density import files
 from pyroflows.density.budget import Budget
+from pyroflows.density.cellwise import score_columns
 from pyroflows.density.columns import cells_for
 from pyroflows.density.conventions import Conventions, NotFittedError
 from pyroflows.density.mixtures import MixedMixture
@@ -604,6 +605,17 @@ class DensityEstimator(Conventions):
         )
         nats = self._constrained(out.numpy(), frame)
         return (nats, error.numpy()) if return_error else nats
+
+    def score_columns(self, X: Any) -> pd.DataFrame:
+        """Log-density of each cell given the row's earlier ones in the model's order.
+
+        One column a target, in the table's order; a row's cells sum to its :meth:`score_samples`.
+        Impossible values have ``-inf``, labels that fitting did not see its small share. A missing
+        cell has NaN (skipped in the sum), and cells after it their log-density given the observed
+        ones; with ``missing="model"`` it has the log-probability of being missing.
+        """
+        model, frame = self._ready(), self._frame(X)
+        return score_columns(model, frame, pattern=self.missing == "model", draws=self.draws)
 
     def _constrained(self, nats: np.ndarray, frame: pd.DataFrame) -> np.ndarray:
         """-inf where a row breaks a constraint."""

@@ -238,15 +238,17 @@ class Schema:
 
     def broken(self, frame: pd.DataFrame) -> np.ndarray:
         """Rows that break a constraint, shape (rows,); missing cells break none."""
-        out = np.zeros(len(frame), dtype=bool)
-        if not self._related:
-            return out
-        raw = self._numbers(frame)
+        return np.logical_or.reduce([np.zeros(len(frame), bool), *self.breaks(frame).values()])
+
+    def breaks(self, frame: pd.DataFrame) -> dict[Any, np.ndarray]:
+        """Columns that a constraint binds, and the rows that break it, shape (rows,)."""
+        out = {}
+        raw = self._numbers(frame) if self._related else {}
         for name in self._related:
             relation = self[name].relation
             assert relation is not None
             d = relation.distance(raw[name], raw)
-            out |= d != 0 if relation.equal else d <= 0 if relation.strict else d < 0
+            out[name] = d != 0 if relation.equal else d <= 0 if relation.strict else d < 0
         return out
 
     def half_known(self, frame: pd.DataFrame) -> dict[Any, np.ndarray]:
