@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pyroflows.density import DensityEstimator
-from pyroflows.density.budget import Budget
 from pyroflows.density.columns import moments, repeated
 from pyroflows.density.mixtures import MixedMixture
+from pyroflows.training.budget import Budget
 
 QUICK = dict(max_steps=40, members=2, hidden_dim=16, random_state=0)
 

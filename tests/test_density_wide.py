@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pyroflows.density import DensityEstimator
-from pyroflows.density.budget import Budget
 from pyroflows.density.header import check_header
 from pyroflows.density.reads import WIDE
+from pyroflows.training.budget import Budget
 
 
 def chain(columns: int, rows: int, seed: int = 0) -> pd.DataFrame:

@@ -25,8 +25,8 @@ FLOORS = {
 NEW_PACKAGES = {
     0: {"torch"},
     1: {"pyro"},
-    4: {"numpy", "tqdm"},
-    5: {"pandas", "arviz", "sklearn", "safetensors", "pyarrow"},
+    4: {"numpy", "tqdm", "pandas"},
+    5: {"arviz", "sklearn", "safetensors", "pyarrow"},
     6: {"matplotlib"},
 }
 ONLY_WHERE_USED = {"pandas", "arviz", "sklearn", "safetensors", "pyarrow", "matplotlib"}

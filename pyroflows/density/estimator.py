@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.density import files
-from pyroflows.density.budget import Budget
 from pyroflows.density.cellwise import score_columns
 from pyroflows.density.columns import cells_for
 from pyroflows.density.conventions import Conventions, NotFittedError
@@ -36,6 +35,7 @@ from pyroflows.density.training import (
 from pyroflows.tables import Schema, as_frame
 from pyroflows.tables.inputs import check_half_known, fill_gaps, possible
 from pyroflows.tables.schema import ignored
+from pyroflows.training.budget import Budget
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Callable
+
+import torch
+
+from pyroflows.training.parallel import agreed
 
 __all__ = ["Budget"]
 
@@ -31,6 +36,21 @@ class Budget:
     def over(self, share: float = 1.0) -> bool:
         """Whether a share of the time is gone."""
         return self.seconds() > share * self.limit
+
+    def window(
+        self, *, reserve: float = 0.0, device: str | torch.device = "cpu"
+    ) -> Callable[[], float]:
+        """What tells the share that is spent of the time that is left from now on.
+
+        Processes of ``torch.distributed`` agree on the largest.
+
+        Args:
+            reserve: Seconds to leave for what comes after.
+            device: Where the processes exchange numbers.
+        """
+        begun, like = self.seconds(), torch.zeros((), device=device)
+        length = max(self.limit - reserve - begun, 1e-9)
+        return lambda: agreed((self.seconds() - begun) / length, like=like)
 
     def tell(self, cut: str) -> None:
         """Remember what was cut."""

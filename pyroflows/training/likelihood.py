@@ -3,84 +3,23 @@
 import copy
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyroflows.flow import Flow
-from pyroflows.training_rows import Rows, as_rows, minibatches, part_rows
+from pyroflows.training.budget import Budget
+from pyroflows.training.clipping import MaxNorm
+from pyroflows.training.history import History, progress_bar
+from pyroflows.training.rows import Rows, as_rows, minibatches, part_rows
+from pyroflows.training.schedule import Schedule
+from pyroflows.training.seeds import seeded
+from pyroflows.training.states import Best
+from pyroflows.training.steps import Steps, make_adam
 from pyroflows.transforms.standardization import Units
 
-__all__ = ["History", "fit", "make_adam", "warmup_cosine"]
-
-
-@dataclass
-class History:
-    """What happened during :func:`fit`; losses are mean negative log-densities, in nats a row.
-
-    Attributes:
-        train_loss: One for each epoch, averaged over its steps.
-        valid_loss: One for each epoch; empty without a validation part.
-        best_epoch: Epoch, counted from 0, whose state was kept; -1 if it is the state before
-            training.
-        best_valid_loss: Validation loss of that state; NaN without a validation part.
-        num_steps: Optimizer steps tried.
-        skipped_steps: Steps left out because loss or gradient was not finite.
-        stopped_early: Whether patience ran out before the epochs did.
-        interrupted: Whether the user stopped it; the best state so far is kept.
-    """
-
-    train_loss: list[float] = field(default_factory=list)
-    valid_loss: list[float] = field(default_factory=list)
-    best_epoch: int = -1
-    best_valid_loss: float = math.nan
-    num_steps: int = 0
-    skipped_steps: int = 0
-    stopped_early: bool = False
-    interrupted: bool = False
-
-    def __repr__(self) -> str:
-        """Sum the run up in a line."""
-        loss = self.best_valid_loss if self.valid_loss else (self.train_loss or [math.nan])[-1]
-        what = "validation" if self.valid_loss else "training"
-        notes = [
-            f"{what} loss {loss:.4f} nats at epoch {self.best_epoch + 1} of {len(self.train_loss)}"
-        ]
-        if self.best_epoch < 0:
-            notes.append("the state before training is kept")
-        if self.stopped_early:
-            notes.append("stopped early")
-        if self.interrupted:
-            notes.append("interrupted")
-        if self.skipped_steps:
-            notes.append(f"{self.skipped_steps} of {self.num_steps} steps skipped, not finite")
-        return f"History({', '.join(notes)})"
-
-
-def make_adam(
-    parameters: Sequence[Tensor], lr: float, *, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    """Return Adam, fused where the device has it.
-
-    A third to a sixth of the default's time on the CPU.
-    """
-    parameters = list(parameters)
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
-
-
-def warmup_cosine(step: int, num_steps: int, *, warmup: float = 0.02) -> float:
-    """Return the factor of the learning rate.
-
-    Linear up over the first part, then half a cosine to zero.
-    """
-    rise = max(1, round(warmup * num_steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, num_steps - rise)))
+__all__ = ["fit"]
 
 
 @torch.enable_grad()
@@ -158,56 +97,62 @@ def fit(
             f"fit expects positive num_epochs and batch_size; got {num_epochs} and {batch_size}"
         )
     batch_size = min(n, batch_size or max(32, min(512, n // 20)))
-    num_steps = num_epochs * (n // batch_size)
-    like = parameters[0]
-    optimizer = make_adam(parameters, lr, weight_decay=weight_decay)
-    history, best = History(), _Best(flow)
-    bar = tqdm(range(num_epochs), desc="fit", unit="epoch", disable=not progress)
-    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    history, best, clock = History(), Best(flow), Budget()
+    steps = Steps(
+        parameters,
+        lr,
+        schedule=Schedule(num_epochs * (n // batch_size)),
+        clip=MaxNorm(clip_norm),
+        optimizer=partial(make_adam, weight_decay=weight_decay),
+        history=history,
+    )
+    bar = progress_bar(range(num_epochs), desc="fit", unit="epoch", show=progress)
+    with seeded(seed):
         try:
             judges = (train.some(8192) if held is None else held).to(flow)
-            best.offer(-1, _score(flow, judges))
+            best.offer(_score(flow, judges))
             if standardize and isinstance(flow, Flow):
                 _standardize(flow, train)
             train = train.to(flow)
             flow.train()
             with torch.no_grad():  # data-dependent initialization sees the data once
                 flow.log_prob(*train.part(slice(8 * batch_size))[:2])
-            best.offer(-1, _score(flow, judges))
+            best.offer(_score(flow, judges))
             for epoch in bar:
                 flow.train()
-                losses = []
-                for batch in minibatches(train, batch_size, generator):
-                    optimizer.param_groups[0]["lr"] = lr * warmup_cosine(
-                        history.num_steps, num_steps
-                    )
-                    history.num_steps += 1
-                    loss = _step(flow, batch, optimizer, parameters, clip_norm)
-                    if loss is None:
-                        history.skipped_steps += 1
-                    else:
-                        losses.append(loss)
-                history.train_loss.append(sum(losses) / len(losses) if losses else math.nan)
-                shown = {"train": f"{history.train_loss[-1]:.3f}"}
+                batches, losses = minibatches(train, batch_size, generator), []
+                for _, batch in zip(steps, batches, strict=False):
+                    loss = steps.take(_loss(flow, batch))
+                    losses += [] if loss is None else [loss]
+                record = dict(
+                    epoch=epoch + 1,
+                    step=steps.count,
+                    train=sum(losses) / len(losses) if losses else math.nan,
+                    lr=steps.lr,
+                    seconds=clock.seconds(),
+                    skipped=steps.skipped,
+                )
+                shown = {"train": f"{record['train']:.3f}"}
                 if held is not None:
-                    history.valid_loss.append(_score(flow, judges))
-                    best.offer(epoch, history.valid_loss[-1])
-                    shown |= {"valid": f"{history.valid_loss[-1]:.3f}"}
-                    if epoch - max(0, best.epoch) >= patience:
-                        history.stopped_early = True
-                        break
+                    record["valid"] = _score(flow, judges)
+                    best.offer(record["valid"], epoch)
+                    shown |= {"valid": f"{record['valid']:.3f}"}
+                history.records.append(record)
                 bar.set_postfix(shown)
+                if held is not None and epoch - max(0, best.mark) >= patience:
+                    steps.stop("patience")
+                    break
         except KeyboardInterrupt:
-            history.interrupted = True
+            steps.stop("interrupt")
         finally:
             bar.close()
         if held is None:
-            best.offer(len(history.train_loss) - 1, _score(flow, judges))
-    history.best_epoch = best.epoch
+            best.offer(_score(flow, judges), len(history.records) - 1)
+    history.best_epoch = best.mark
     history.best_valid_loss = math.nan if held is None else best.loss
+    history.seconds = clock.seconds()
     failure = _failure(history)
-    flow.load_state_dict(best.state if failure is None else best.start)
+    best.restore(start=failure is not None)
     flow.eval()
     if failure is not None:
         raise RuntimeError(failure)
@@ -285,26 +230,12 @@ def _check_units(units: Units, rows: Tensor, weight: Tensor | None, name: str) -
         )
 
 
-def _step(
-    flow: nn.Module,
-    batch: Rows,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[Tensor],
-    clip_norm: float,
-) -> float | None:
-    """One optimizer step; None if loss or gradient is not finite."""
-    optimizer.zero_grad(set_to_none=True)
+def _loss(flow: nn.Module, batch: Rows) -> Tensor:
+    """Mean negative log-density of a batch."""
     log_prob, weight = flow.log_prob(batch.x, batch.context), batch.weight
     if weight is None:
-        loss = -log_prob.mean()
-    else:
-        loss = -(weight * log_prob).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    if not math.isfinite(loss.item() + norm.item()):
-        return None
-    optimizer.step()
-    return loss.item()
+        return -log_prob.mean()
+    return -(weight * log_prob).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def _score(flow: nn.Module, rows: Rows, chunk: int = 8192) -> float:
@@ -319,21 +250,6 @@ def _score(flow: nn.Module, rows: Rows, chunk: int = 8192) -> float:
             total -= (weight * log_prob).sum().item()
             weights += weight.sum().item()
     return total / max(weights, 1e-300)
-
-
-class _Best:
-    """The state with the lowest loss, and the one at the start."""
-
-    def __init__(self, flow: nn.Module) -> None:
-        self.flow, self.epoch, self.loss = flow, -1, math.nan
-        self.state = self.start = self._copy()
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {k: v.detach().clone() for k, v in self.flow.state_dict().items()}
-
-    def offer(self, epoch: int, loss: float) -> None:
-        if math.isfinite(loss) and not loss >= self.loss:
-            self.epoch, self.loss, self.state = epoch, loss, self._copy()
 
 
 def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:

@@ -1,0 +1,60 @@
+"""Gradients brought down to a norm."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Clip", "MaxNorm", "MedianNorm"]
+
+
+class Clip(Protocol):
+    """Scales the gradients of tensors together."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> bool:
+        """Clip; False if the gradients are not finite."""
+        ...
+
+
+class MaxNorm:
+    """Scale a gradient down to a norm.
+
+    Args:
+        max_norm: The largest; infinity only tells what is not finite.
+    """
+
+    def __init__(self, max_norm: float = 10.0) -> None:
+        self.max_norm = max_norm
+
+    def __call__(self, tensors: Sequence[Tensor]) -> bool:
+        """Clip the gradients of ``tensors`` together; False if they are not finite."""
+        return math.isfinite(torch.nn.utils.clip_grad_norm_(tensors, self.max_norm).item())
+
+
+class MedianNorm:
+    """Scale a gradient down to a multiple of the running median of its norm.
+
+    Args:
+        factor: The multiple.
+        window: Steps over which the median runs.
+        after: Steps before the first that is clipped.
+    """
+
+    def __init__(self, factor: float = 2.0, window: int = 50, *, after: int = 5) -> None:
+        self.factor, self.after, self.norms = factor, after, deque[float](maxlen=window)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> bool:
+        """Clip the gradients of ``tensors`` together; False if they are not finite."""
+        limit = math.inf
+        if len(self.norms) >= self.after:
+            limit = self.factor * sorted(self.norms)[len(self.norms) // 2] or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(tensors, limit).item()
+        if not math.isfinite(norm):
+            return False
+        self.norms.append(norm)
+        return True
