@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyroflows.density.marginals import Histogram, NormalScores
+from pyroflows.density.histogram import Histogram
+from pyroflows.density.scores import NormalScores
 from pyroflows.tables import Column
 
 __all__ = ["Encoded", "LabelCells", "NumberCells", "cells_for"]
@@ -332,12 +333,12 @@ class NumberCells(nn.Module):
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normal scores of values, and the log-slope there."""
-        s, log_slope = self.scores(x / self.unit)
+        s, log_slope = self.scores.inverse_and_log_det(x / self.unit)
         return s, log_slope - self.log_unit
 
     def place(self, s: Tensor) -> Tensor:
         """Values at normal scores, on or off the lattice."""
-        return self.scores.inverse(s.double()) * self.unit
+        return self.scores(s.double()) * self.unit
 
     def ends(self) -> Tensor:
         """Edges of the histogram's pieces."""

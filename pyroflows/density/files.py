@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pyroflows.density.columns import LabelCells, NumberCells
 from pyroflows.density.header import check_header, check_tensors
-from pyroflows.density.marginals import Histogram, NormalScores
+from pyroflows.density.histogram import Histogram
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
+from pyroflows.density.scores import NormalScores
 from pyroflows.tables import Schema
 from pyroflows.tables.values import from_json, to_json
 
