@@ -8,7 +8,8 @@ Each is a frozen dataclass with ``num_params`` and two methods::
 Parameters come first: ``params`` is ``(num_params, *shape)``, a tensor or a tuple of tensors,
 where ``shape`` broadcasts with that of x, so that ``shift, raw = params`` unpacks. Every map is
 the identity at θ = 0 and takes the dtype and device of its inputs. Splines, which are longer, live
-in :mod:`pyroflows.splines` under the same contract.
+in :mod:`pyroflows.splines` under the same contract; :mod:`pyroflows.families` makes maps of
+distributions.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "Affine",
+    "Chain",
     "Params",
     "PerFeature",
     "ScalarMap",
@@ -142,6 +144,38 @@ class Scale(_Scaling):
         s = self._log_scale(params[0], -1)
         x = y * s.exp()
         return x, s.expand_as(x)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The scalar map ``second(first(x))``: one network sets the parameters of both.
+
+    Args:
+        first: The map on the noise side.
+        second: The map on the data side.
+    """
+
+    first: ScalarMap
+    second: ScalarMap
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of both maps."""
+        return self.first.num_params + self.second.num_params
+
+    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Return y and log|dy/dx|."""
+        n = self.first.num_params
+        middle, first_slope = self.first.forward(x, params[:n])
+        y, second_slope = self.second.forward(middle, params[n:])
+        return y, first_slope + second_slope
+
+    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Return x and log|dx/dy|."""
+        n = self.first.num_params
+        middle, second_slope = self.second.inverse(y, params[n:])
+        x, first_slope = self.first.inverse(middle, params[:n])
+        return x, first_slope + second_slope
 
 
 @dataclass(frozen=True)

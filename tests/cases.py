@@ -11,7 +11,8 @@ from torch import nn
 
 import pyroflows.transforms as T
 from pyroflows.bijection import Bijection, Compose
-from pyroflows.scalar import Affine, PerFeature, Shift
+from pyroflows.families import CDF, LogisticMixture
+from pyroflows.scalar import Affine, Chain, PerFeature, Shift
 from pyroflows.splines import LinearRational, RationalQuadratic
 
 
@@ -107,6 +108,18 @@ CASES: dict[str, Case] = {
             PerFeature([Affine(), LinearRational(4)], dim=-2), (2, 3), context_dim=c
         ),
         (2, 3),
+    ),
+    "mixture_coupling": Case(
+        lambda c: T.coupling(CDF(LogisticMixture(3)), 2, [4], context_dim=c), (2,)
+    ),
+    "mixture_autoregressive": Case(
+        lambda c: T.autoregressive(
+            Chain(CDF(LogisticMixture(1)), Affine()), 2, [4], permutation=[1, 0], context_dim=c
+        ),
+        (2,),
+    ),
+    "mixture_elementwise": Case(
+        lambda c: T.elementwise(CDF(LogisticMixture(4)), 1, hidden_dims=[4], context_dim=c), (1,)
     ),
     "elementwise_affine": Case(lambda c: T.elementwise_affine(3, [8], context_dim=c), (3,)),
     "elementwise_scale": Case(lambda c: T.elementwise_scale((2, 2), [8], context_dim=c), (2, 2)),

@@ -18,6 +18,7 @@ from pyro.nn import PyroModule
 import pyroflows as pf
 from pyroflows import bases
 from pyroflows import transforms as T
+from pyroflows.families import LogisticMixture
 from pyroflows.flow import Flow
 
 RECIPES = {
@@ -35,6 +36,7 @@ BASES = {
     "fixed_normal": lambda: bases.DiagonalNormal(2, 1.0, 2.0, learnable=False),
     "student_t": lambda: bases.StudentT(2, 4.0, learnable=True),
     "mixture": lambda: bases.GaussianMixture(2, 3),
+    "family": lambda: bases.Factorized(LogisticMixture(3), 2),
     "distribution": lambda: dist.Laplace(torch.zeros(2), torch.ones(2)),
 }
 
@@ -73,7 +75,7 @@ def test_recipe_integrates_to_one(recipe, context_dim):
 def test_base_integrates_to_one_and_samples_agree(base):
     flow = trained_like(Flow(BASES[base](), T.affine_coupling(2, [8])).double(), 0.1)
     with torch.no_grad():
-        wide = base in ("student_t", "distribution", "fixed_normal", "diagonal_normal")
+        wide = base in ("student_t", "family", "distribution", "fixed_normal", "diagonal_normal")
         total = integral(flow, half_width=40.0 if wide else 12.0, n=801)
         assert abs(total - 1) < 2e-2
         x = flow.sample(20_000)

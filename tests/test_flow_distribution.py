@@ -14,6 +14,7 @@ from torch.distributions import AffineTransform, ExpTransform, SigmoidTransform
 import pyroflows as pf
 from pyroflows import bases
 from pyroflows import transforms as T
+from pyroflows.families import LogisticMixture
 from pyroflows.flow import Flow
 
 
@@ -34,6 +35,7 @@ BASES = {
     "normal": lambda: bases.DiagonalNormal(1, 0.3, 2.0),
     "student_t": lambda: bases.StudentT(1, 3.0),
     "mixture": lambda: bases.GaussianMixture(1, 3),
+    "family": lambda: bases.Factorized(LogisticMixture(2), 1),
     "laplace": lambda: dist.Laplace(torch.zeros(1).double(), torch.ones(1).double()),
 }
 MAPS = {

@@ -103,8 +103,12 @@ class Free(nn.Module):
         self.num_params, self.context_dim = num_params, context_dim
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Params:
-        """Return θ, ``(num_params, *shape)`` or ``(num_params, *context batch, *shape)``."""
+        """Return θ as it broadcasts with x: :meth:`params`, and axes of length 1 for the batch."""
         if not self.context_dim:
             batch_dims = x.dim() - len(self.shape)
             return self.theta.view(self.num_params, *[1] * batch_dims, *self.shape)
         return self.net(context)
+
+    def params(self, context: Tensor | None = None) -> Params:
+        """Return θ, ``(num_params, *shape)`` or ``(num_params, *context batch, *shape)``."""
+        return self.net(context) if self.context_dim else self.theta

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, cast
 
@@ -20,39 +19,12 @@ from torch import Tensor, nn
 from pyroflows.bijection import Bijection, Compose
 from pyroflows.conditioners import Dense, Free
 from pyroflows.guides.mixture import Mixture
-from pyroflows.scalar import Affine, Params, ScalarMap
+from pyroflows.scalar import Affine, Chain
 from pyroflows.splines import RationalQuadratic
 from pyroflows.transforms.coupling import Coupling
 from pyroflows.transforms.elementwise import Elementwise
 
 __all__ = ["Chain", "PackedParameters", "Transport", "posterior_flow", "who_moves"]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The scalar map ``second(first(x))``: one network sets the parameters of both."""
-
-    first: ScalarMap
-    second: ScalarMap
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of both maps."""
-        return self.first.num_params + self.second.num_params
-
-    def forward(self, x: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-        """Return y and log|dy/dx|."""
-        n = self.first.num_params
-        middle, first_slope = self.first.forward(x, params[:n])
-        y, second_slope = self.second.forward(middle, params[n:])
-        return y, first_slope + second_slope
-
-    def inverse(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-        """Return x and log|dx/dy|."""
-        n = self.first.num_params
-        middle, second_slope = self.second.inverse(y, params[n:])
-        x, first_slope = self.first.inverse(middle, params[:n])
-        return x, first_slope + second_slope
 
 
 def who_moves(num_features: int, num_layers: int) -> Tensor:
