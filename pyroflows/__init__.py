@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from pyroflows import bases, transforms
+from pyroflows import bases, families, transforms
 from pyroflows.bijection import Bijection, Compose, Inverse, as_bijection
 from pyroflows.divergence import entropy, kl_divergence
 from pyroflows.flow import Flow
@@ -40,6 +40,7 @@ __all__ = [
     "bases",
     "diagnose",
     "entropy",
+    "families",
     "fit",
     "fit_guide",
     "fit_guide_to_draws",

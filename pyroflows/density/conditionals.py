@@ -11,12 +11,12 @@ import math
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyroflows.density.columns import NEVER, LabelCells, NumberCells
 from pyroflows.density.mixtures import gaussian_log_cell
-from pyroflows.density.network import logistic_log_cell
+from pyroflows.density.network import log_scale
+from pyroflows.families import Logistics
 
 __all__ = ["Conditional", "Labels", "Numbers"]
 
@@ -107,14 +107,10 @@ class Numbers(Conditional):
         e = self.cells.encode(x.reshape(-1))
         cell, inside, upper, width, offset = (part.view(_table(x)) for part in e)
         bins = self.log_bins.gather(1, cell) + inside
-        logistic = logistic_log_cell(
-            upper, width, self.loc[:, None], (-self.log_scale).exp()[:, None]
-        )
         gauss = gaussian_log_cell(upper, width, self.mean[:, None], self.sd[:, None])
-        smooth = torch.cat(
-            [self.log_logistic[:, None] + logistic, self.log_gauss[:, None] + gauss], -1
-        )
-        out = torch.logaddexp(bins, smooth.logsumexp(-1) + offset)
+        gauss = (self.log_gauss[:, None] + gauss).logsumexp(-1)
+        smooth = torch.logaddexp(self._logistics.log_cell(upper, width), gauss)
+        out = torch.logaddexp(bins, smooth + offset)
         return torch.where(out < NEVER / 10, -torch.inf, out).view_as(x)
 
     def sample(self, u: Tensor, v: Tensor, *, lattice: bool = True) -> Tensor:
@@ -137,6 +133,12 @@ class Numbers(Conditional):
         return torch.where(pick >= bins, smooth.view_as(u), rough.view_as(u))
 
     @property
+    def _logistics(self) -> Logistics:
+        """The logistics, for several values in each row."""
+        parts = (self.log_logistic, self.loc, self.log_scale)
+        return Logistics(*(part[:, None] for part in parts), dim=-1)
+
+    @property
     def log_atoms(self) -> Tensor:
         """Log-probabilities of the atoms, shape (N, A)."""
         first = self.cells.hist.num_bins
@@ -156,10 +158,9 @@ class Numbers(Conditional):
         bins = self.log_bins[:, : c.hist.num_bins].exp()
         below = bins.cumsum(1) - bins
         total = below.gather(1, cell) + bins.gather(1, cell) * share
-        s = c.score(flat)[0].view_as(z)[..., None]
-        logistic = ((s - self.loc[:, None]) * (-self.log_scale).exp()[:, None]).sigmoid()
-        gauss = torch.special.ndtr((s - self.mean[:, None]) / self.sd[:, None])
-        total = total + (self.log_logistic.exp()[:, None] * logistic).sum(-1)
+        s = c.score(flat)[0].view_as(z)
+        gauss = torch.special.ndtr((s[..., None] - self.mean[:, None]) / self.sd[:, None])
+        total = total + self._logistics.cdf(s)
         total = total + (self.log_gauss.exp()[:, None] * gauss).sum(-1)
         all_smooth = 1 - self.log_atoms.exp().sum(1, keepdim=True)
         total = torch.where(top < c.bounds[0], 0.0, total)
@@ -312,14 +313,13 @@ def numbers_of(
         gauss, mean, sd = simple
         gauss, sd = gauss + math.log(alpha), sd.expand_as(mean)
         log_bins, log_logistic = log_bins + math.log1p(-alpha), log_logistic + math.log1p(-alpha)
-    scale = F.softplus(joined(raw) + 8.0) - 8.0
     return Numbers(
         odds[..., 0].sigmoid().mean(0),
         cells,
         log_bins,
         log_logistic,
         joined(loc),
-        scale,
+        log_scale(joined(raw)),
         gauss,
         mean,
         sd,

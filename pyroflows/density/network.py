@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ColumnNets", "log_scale", "logistic_log_cell", "mixture_log_prob"]
+from pyroflows.families import Logistics
+
+__all__ = ["ColumnNets", "log_scale", "mixture_log_prob"]
 
 
 def log_scale(raw: Tensor) -> Tensor:
@@ -37,9 +39,6 @@ def mixture_log_prob(
         \Big[\sigma\big(\tfrac{s^+ - \mu_k}{\sigma_k}\big) - \sigma\big(\tfrac{s^- -
         \mu_k}{\sigma_k}\big)\Big] e^{offset}
 
-    The difference is :math:`\sigma(a)\,\sigma(\delta - a)\,(1 - e^{-\delta})` with :math:`\delta`
-    the width, exact in logarithms however narrow the cell.
-
     Args:
         out: Network outputs, shape (G, N, bins + 3 K): logits of bins and logistics, locations,
             log-scales.
@@ -54,16 +53,8 @@ def mixture_log_prob(
     logits, loc, raw = out.split([bins + k, k, k], -1)
     log_w = logits.log_softmax(-1)
     log_bin = log_w[..., :bins].gather(-1, cell[..., None])[..., 0] + inside
-    log_cell = logistic_log_cell(upper, width, loc, (-log_scale(raw)).exp())
-    log_k = (log_w[..., bins:] + log_cell).logsumexp(-1) + offset
-    return torch.logaddexp(log_bin, log_k)
-
-
-def logistic_log_cell(upper: Tensor, width: Tensor, loc: Tensor, inv: Tensor) -> Tensor:
-    """Log-probability of the cell (upper - width, upper] under logistics (..., K) of rate inv."""
-    a = (upper[..., None] - loc) * inv
-    delta = width[..., None] * inv
-    return F.logsigmoid(a) + F.logsigmoid(delta - a) + torch.log(-torch.expm1(-delta))
+    smooth = Logistics(log_w[..., bins:], loc, log_scale(raw), dim=-1)
+    return torch.logaddexp(log_bin, smooth.log_cell(upper, width) + offset)
 
 
 class ColumnNets(nn.Module):
