@@ -324,7 +324,7 @@ def _inspect(args: argparse.Namespace) -> None:
             print(Schema.from_frame(rows, args.schema).summary())
             return
         model = DensityEstimator.load(args.file)
-        print(f"{model}\n{sum(p.numel() for p in model.model_.parameters())} parameters")
+        print(f"{model}\n{model.engine_.num_parameters()} parameters")
         print(model.summary())
         print(model.history_.tail(3).to_string(index=False))
 

@@ -108,7 +108,7 @@ def _draws(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of the table and as many draws, given the same columns if the model is conditional."""
     real = table.sample(min(rows, len(table)), random_state=seed)
-    if model.model_.num_given:
+    if model.engine_.num_given:
         return real, model.sample(1, given=real, random_state=seed)
     return real, model.sample(len(real), random_state=seed)
 
@@ -353,7 +353,7 @@ def conditional_density(
     frame = pd.DataFrame([dict(given)] * len(cells)).assign(**{"": cells.to_numpy()})
     frame.columns = pd.Index([*given, column], tupleize_cols=False)
     log_p = model.log_marginal(frame, draws=256)
-    if not model.model_.num_given:
+    if not model.engine_.num_given:
         log_p = log_p - model.log_marginal(pd.DataFrame([dict(given)]), draws=8192)[0]
     if not _is_number(spec):
         share = np.exp(log_p - log_p.max())
@@ -395,5 +395,5 @@ def _grid(spec: Column, drawn: pd.Series | None) -> pd.Series:
 
 
 def _targets(model: DensityEstimator) -> list[Any]:
-    given = set(model.model_.order[: model.model_.num_given])
+    given = set(model.engine_.order[: model.engine_.num_given])
     return [c.name for j, c in enumerate(model.schema_) if j not in given]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pyroflows.density import DensityEstimator
+from pyroflows.density import DensityEstimator, training
 from pyroflows.density.columns import moments, repeated
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.training.budget import Budget
@@ -179,25 +179,19 @@ def test_an_interrupted_fit_keeps_its_best_state():
     frame = small()
     calls = []
 
-    class Interrupted(DensityEstimator):
-        def _device(self, n):
-            from pyroflows.density import training
+    check = training._Keeper.check
 
-            check = training._Keeper.check
-
-            def interrupt(keeper, average):
-                out = check(keeper, average)
-                calls.append(out)
-                if len(calls) == 4:
-                    signal.raise_signal(signal.SIGINT)
-                return out
-
-            patch.setattr(training._Keeper, "check", interrupt)
-            return super()._device(n)
+    def interrupt(keeper, average):
+        out = check(keeper, average)
+        calls.append(out)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return out
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Keeper, "check", interrupt)
         with pytest.warns(UserWarning, match=r"interrupted after \d+ of 200 steps"):
-            model = Interrupted(**{**QUICK, "max_steps": 200}).fit(frame)
+            model = DensityEstimator(**{**QUICK, "max_steps": 200}).fit(frame)
     assert len(calls) == 5 and len(model.history_) < 5
     assert model.score(frame) > DensityEstimator(**{**QUICK, "max_steps": 1}).fit(frame).score(
         frame

@@ -169,6 +169,12 @@ class Numbers(Conditional):
             total = total + (self.log_atoms.exp()[:, None] * (z[..., None] >= c.atoms)).sum(-1)
         return total.clamp(0, 1).view_as(x)
 
+    def pit(self, x: Tensor, u: Tensor) -> Tensor:
+        """P(X < x) + u P(X = x) for uniform numbers u, shape (N,); NaN where x is."""
+        held = x.nan_to_num(float(self.cells.loc))
+        high, low = self.cdf(held), self.cdf(self.cells.below(held))
+        return torch.where(x.isnan(), torch.nan, low + (high - low) * u)
+
     def quantile(self, p: Tensor) -> Tensor:
         """Smallest x with P(X <= x) >= p."""
         x = self._inverse(p, atoms=True)

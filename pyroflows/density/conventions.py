@@ -68,7 +68,7 @@ class Conventions:
         return tags
 
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "model_")
+        return hasattr(self, "engine_")
 
     def set_output(self, *, transform: str | None = None) -> Self:
         """Whether tables come back as ``"pandas"`` or, with ``"default"``, as arrays."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.density.model import TableModel
-from pyroflows.density.particles import Uniforms, complete
+from pyroflows.density.engine import Engine
 
 __all__ = ["TableDistribution"]
 
@@ -24,7 +23,7 @@ class TableDistribution(dist.TorchDistribution):
     steps); draws are exact, and not reparameterized.
 
     Args:
-        model: A fitted model without given columns and without label targets.
+        engine: A fitted one without given columns and without label targets.
         batch_shape: Independent copies.
 
     Raises:
@@ -36,34 +35,29 @@ class TableDistribution(dist.TorchDistribution):
 
     def __init__(
         self,
-        model: TableModel,
+        engine: Engine,
         batch_shape: Sequence[int] = (),
         *,
         validate_args: bool | None = None,
     ) -> None:
-        names = [
-            model.schema.columns[j].name
-            for j, c in zip(model.order, model.cells, strict=True)
-            if c.is_label
-        ]
-        if names or model.num_given:
-            given = [model.schema.columns[j].name for j in model.order[: model.num_given]]
+        columns = engine.schema.columns
+        names = [columns[j].name for j in engine.order if columns[j].is_label]
+        given = [columns[j].name for j in engine.order[: engine.num_given]]
+        if names or given:
             raise ValueError(
                 f"distribution() needs number targets and no given columns; "
                 f"labels: {names}, given: {given}. "
                 "Fit the wanted columns alone, e.g. DensityEstimator(target=[...], given=[])"
             )
-        self.model = model
+        self.engine = engine
         super().__init__(
-            torch.Size(batch_shape), torch.Size([len(model.order)]), validate_args=validate_args
+            torch.Size(batch_shape), torch.Size([len(columns)]), validate_args=validate_args
         )
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:
         """Real vectors, or the columns' bounds."""
-        place = {j: i for i, j in enumerate(self.model.order)}
-        bounds = [self.model.cells[place[j]].bounds.tolist() for j in range(len(place))]
-        parts = [_between(lo, hi) for lo, hi in bounds]
+        parts = [_between(*self.engine.bounds(j)) for j in range(self.event_shape[0])]
         if all(p is constraints.real for p in parts):
             return constraints.real_vector
         return constraints.stack(parts, dim=-1)
@@ -73,8 +67,7 @@ class TableDistribution(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         flat = value.reshape(-1, self.event_shape[0]).double().cpu()
-        rows = self.model.encode(flat, lattice=False)
-        log_p = self.model.column_log_prob(rows, atoms=False)[0].sum(0)
+        log_p = self.engine.smooth_log_prob(flat)
         return (
             log_p.view(value.shape[:-1])
             .to(value)
@@ -86,13 +79,13 @@ class TableDistribution(dist.TorchDistribution):
         """Draws, shape (*sample_shape, *batch_shape, D), in torch's default dtype."""
         shape = self._extended_shape(torch.Size(sample_shape))
         blank = torch.full((shape[:-1].numel(), shape[-1]), torch.nan, dtype=torch.float64)
-        uniforms = Uniforms(int(torch.randint(2**62, ())))
-        drawn = complete(self.model, blank, 1, uniforms, lattice=False)[:, 0]
+        generator = torch.default_generator
+        drawn = self.engine.complete(blank, 1, generator=generator, lattice=False)[:, 0]
         return drawn.view(shape).to(torch.get_default_dtype())
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> TableDistribution:
         """The same with another batch shape."""
-        return type(self)(self.model, torch.Size(batch_shape), validate_args=self._validate_args)
+        return type(self)(self.engine, torch.Size(batch_shape), validate_args=self._validate_args)
 
 
 def _between(lower: float, upper: float) -> constraints.Constraint:

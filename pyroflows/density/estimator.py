@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyroflows.density import files
 from pyroflows.density.cellwise import score_columns
-from pyroflows.density.columns import cells_for
+from pyroflows.density.conditionals import Numbers
 from pyroflows.density.conventions import Conventions, NotFittedError
-from pyroflows.density.mixtures import MixedMixture
+from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
+from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
-from pyroflows.density.particles import Uniforms, averages, complete
-from pyroflows.density.reads import choose_reads
 from pyroflows.density.streaming import TableFile, shards_of
-from pyroflows.density.training import (
-    column_scores,
-    default_settings,
-    fit_mixture,
-    mixture_views,
-    plan,
-    stack,
-    start_rare,
-    train,
-)
 from pyroflows.tables import Schema, as_frame
 from pyroflows.tables.inputs import check_half_known, fill_gaps, possible
 from pyroflows.tables.schema import ignored
 from pyroflows.training.budget import Budget
+from pyroflows.training.parallel import rank_and_world
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +74,7 @@ class DensityEstimator(Conventions):
         progress: Show a bar with the held-out nats.
 
     Attributes:
+        engine_: The fitted :class:`~pyroflows.density.engine.Engine`.
         schema_: What the columns are.
         history_: DataFrame of the training.
         n_features_in_: Number of columns.
@@ -134,8 +126,16 @@ class DensityEstimator(Conventions):
 
     # ------------------------------------------------------------------ input
 
-    def _ready(self) -> TableModel:
-        if not hasattr(self, "model_"):
+    @property
+    def model_(self) -> TableModel:
+        """The fitted model of the default engine."""
+        engine = self._ready()
+        if not isinstance(engine, MixedEngine):
+            raise AttributeError(f"{type(engine).__name__} has no model_; see engine_")
+        return engine.model
+
+    def _ready(self) -> Engine:
+        if not hasattr(self, "engine_"):
             message = (
                 f"This {type(self).__name__} is not fitted yet. Call 'fit' with a table first."
             )
@@ -144,7 +144,7 @@ class DensityEstimator(Conventions):
 
                 raise Theirs(message)
             raise NotFittedError(message)
-        return self.model_
+        return self.engine_
 
     def _frame(self, x: Any, *, partial: bool = False) -> pd.DataFrame:
         """A table with the columns of the fit."""
@@ -250,9 +250,15 @@ class DensityEstimator(Conventions):
         self.n_features_in_ = len(used)
         if hasattr(self, "feature_names_in_"):
             self.feature_names_in_ = np.array(used, dtype=object)
-        values = torch.from_numpy(self.schema_.encode(frame[used]))
-        given = [used.index(g) for g in given]
-        return self._fit_values(values, torch.from_numpy(weight), given, budget)
+        return self._fit_table(
+            TrainingTable(
+                self.schema_,
+                torch.from_numpy(self.schema_.encode(frame[used])),
+                torch.from_numpy(weight),
+                [used.index(g) for g in given],
+            ),
+            budget,
+        )
 
     def fit_file(
         self,
@@ -285,14 +291,13 @@ class DensityEstimator(Conventions):
         file.columns, frame = used, frame[used]
         self.n_features_in_, self.feature_names_in_ = len(used), np.array(used, dtype=object)
         values = torch.from_numpy(self.schema_.encode(frame))
-        rank, world = _rank()
-        return self._fit_values(
-            values,
-            torch.ones(len(values), dtype=torch.float64),
-            [used.index(g) for g in given],
-            budget,
-            shards=shards_of(file, self.schema_, np.random.default_rng(self._seed()), rank, world),
-            total=total,
+        shards = shards_of(
+            file, self.schema_, np.random.default_rng(self._seed()), *rank_and_world()
+        )
+        weight = torch.ones(len(values), dtype=torch.float64)
+        places = [used.index(g) for g in given]
+        return self._fit_table(
+            TrainingTable(self.schema_, values, weight, places, shards, total), budget
         )
 
     def _read_schema(self, frame: pd.DataFrame) -> tuple[list[Any], list[Any]]:
@@ -328,7 +333,7 @@ class DensityEstimator(Conventions):
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
 
     def _forget(self) -> None:
-        for name in ("feature_names_in_", "model_", "schema_", "history_"):
+        for name in ("feature_names_in_", "engine_", "schema_", "history_"):
             if hasattr(self, name):
                 delattr(self, name)
 
@@ -357,187 +362,41 @@ class DensityEstimator(Conventions):
             )
         return target, given
 
-    def _fit_values(
-        self,
-        values: Tensor,
-        weight: Tensor,
-        given: list[int],
-        budget: Budget,
-        *,
-        shards: Callable[[], Iterator[Any]] | None = None,
-        total: int | None = None,
-    ) -> DensityEstimator:
-        """Fit encoded rows.
+    def _engine(self) -> Engine:
+        """A new engine with the settings of the constructor."""
+        return MixedEngine(self._settings())
 
-        ``shards`` replaces them as training rows where the table is larger than memory.
-        """
+    def _settings(self) -> Settings:
+        names = [field.name for field in dataclasses.fields(Settings)]
+        return Settings(**{name: getattr(self, name) for name in names})
+
+    def _fit_table(self, table: TrainingTable, budget: Budget) -> DensityEstimator:
+        engine = self._engine()
         with torch.inference_mode(False), torch.enable_grad():
-            self._train(values.clone(), weight.clone(), given, shards, total, budget)
+            values, weight = table.values.clone(), table.weight.clone()  # of this mode
+            table = dataclasses.replace(table, values=values, weight=weight)
+            fit = engine.fit(table, budget=budget, generator=self._generator())
+        self.engine_, self.history_ = engine, _history(fit.history)
+        self._calibrate(table, fit, 200 if budget.over() else 2000)
         budget.warn(stacklevel=3)
         return self
 
-    def _train(
-        self,
-        values: Tensor,
-        weight: Tensor,
-        given: list[int],
-        shards: Callable[[], Iterator[Any]] | None,
-        total: int | None,
-        budget: Budget,
-    ) -> None:
-        """Cells, simple models, networks, and what held-out rows say of them."""
-        n = len(values)
-        seed = self._seed()
-        generator = torch.Generator().manual_seed(seed)
-        columns = self.schema_.columns
-        targets = [j for j in range(len(columns)) if j not in given]
-        size = total or max(n, round(float(weight.sum())))
-        settings = default_settings(size, len(targets))
-        settings |= {
-            k: v
-            for k, v in dict(members=self.members, hidden_dim=self.hidden_dim).items()
-            if v is not None
-        }
-        device = self._device(size)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            table = values.numpy()
-            order = [*given, *sorted(targets, key=lambda j: columns[j].missing)]
-            counts = weight.numpy() if weight.unique().numel() > 1 else None
-            cells: list[Any] = []
-            for j in order:
-                bins = 8 if budget.over(0.25) else 64
-                if bins < 64 and not columns[j].is_label:
-                    budget.tell("left some histograms coarse")
-                cells.append(cells_for(table[:, j], columns[j], weight=counts, max_bins=bins))
-            reads = choose_reads(
-                cells, values[:, order], len(given), columns=32 if size < 8000 else 64
-            )
-            model = TableModel(self.schema_, cells, order, len(given), reads=reads, **settings)
-            fold = _folds(n, size, model.members, generator)
-            held = (fold >= 0).nonzero()[:, 0]
-            begun = budget.seconds()
-            valid = model.encode(values[held])
-            reserve = 4 * (budget.seconds() - begun)
-            start_rare(model, values[:20000], weight[:20000], budget)
-            parts = self._mixtures(model, values, weight, fold, generator, budget, size)
-            simple = parts.pop() if parts else None
-            self.model_ = model = model.to(device)
-            steps = plan(
-                model,
-                size,
-                batch_size=self.batch_size,
-                seconds=self.max_time,
-                steps=self.max_steps,
-            )
-            rank, world = _rank()
-            bar = _bar(self.progress and rank == 0, steps["steps"])
-            begun = budget.seconds()
-            first = column_scores(model, valid).sum(1).mean(0)
-            reserve += 3 * (budget.seconds() - begun)  # stacking and thresholds
-            start = float(_mean(first, weight[held])) if len(held) else math.nan
-            relative = weight / weight.mean()
-            mine = torch.arange(n)[rank : world * (n // world) if n >= world else None : world]
-
-            whole = values[mine], relative[mine], fold[mine]
-
-            def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                order = torch.randperm(len(mine), generator=generator)
-                for i in order.split(131072) if len(mine) > 200_000 else []:
-                    yield values[mine[i]], relative[mine[i]], fold[mine[i]]
-                if len(mine) <= 200_000:
-                    yield whole
-
-            history = train(
-                model,
-                shards or chunks,
-                valid,
-                fold[held],
-                weight[held],
-                rows=size,
-                lr=self.learning_rate,
-                budget=budget,
-                reserve=min(reserve, 0.4 * budget.limit),
-                checks=24 if reads is None else min(24, 1 + steps["steps"] // 12),
-                generator=generator,
-                report=bar,
-                wrap=_parallel if world > 1 else (lambda module: module),
-                **{**steps, "batch_size": max(1, steps["batch_size"] // world)},
-            )
-            bar(None)
-            model.eval()
-            if simple is not None:
-                alpha = stack(model, valid, fold[held], weight[held], parts)
-                model.set_mixture(simple, alpha)
-        self.history_ = _history([dict(step=0, epoch=0.0, valid=start), *history])
-        few = held if len(held) else torch.arange(n)
-        if budget.over():
-            few = few[:200]
-        self._calibrate(values[few], weight[few])
-
-    def _mixtures(
-        self,
-        model: TableModel,
-        values: Tensor,
-        weight: Tensor,
-        fold: Tensor,
-        generator: torch.Generator,
-        budget: Budget,
-        size: int,
-    ) -> list[MixedMixture]:
-        """One simple model per fold, of at most 6,000 rows, then the one to use; [] if large.
-
-        That one is their union; for a wide table it is a single one of all rows, so that its
-        state of a row, squared in the columns, is held once.
-        """
-        if size > 20000:
-            return []
-        out: list[MixedMixture] = []
-        numbers, labels = mixture_views(model, values)
-        last = model.members if model.reads is None else model.members + 1
-        for m in range(last):
-            if budget.over(0.5):
-                budget.tell("left out the simple model")
-                return []
-            rows = (fold != m).nonzero()[:, 0]
-            if len(rows) > 6000:
-                rows = rows[torch.randperm(len(rows), generator=generator)[:6000]]
-            if len(rows):
-                out.append(
-                    fit_mixture(
-                        model,
-                        numbers[rows],
-                        labels[rows],
-                        weight[rows],
-                        generator,
-                        seconds=0.15 * (self.max_time or math.inf) / model.members,
-                    )
-                )
-        if len(out) < last:
-            return []
-        return out if last > model.members else [*out, MixedMixture.union(out)]
-
-    def _calibrate(self, values: Tensor, weight: Tensor) -> None:
+    def _calibrate(self, table: TrainingTable, fit: Fit, rows: int = 2000) -> None:
         """Keep what thresholds and summaries need of the held-out rows."""
-        few, weight = values[:2000], weight[:2000]
-        rows = self.model_.encode(few)
-        with torch.no_grad():
-            nats = self.model_.column_log_prob(rows)[0]
+        few = (fit.held if len(fit.held) else torch.arange(len(table)))[:rows]
+        values, weight = table.values[few], table.weight[few]
+        nats = self.engine_.column_log_prob(values)
         score = nats.sum(0)
-        if bool(few.isnan().any()):
-            score = self.model_.log_prob(few, draws=16)[0]
+        if bool((values.isnan().any()) | score.isnan().any()):
+            score = self.engine_.log_prob(values, draws=16)[0]
         score, order = score.sort()
         below = weight[order].cumsum(0)
         place = torch.linspace(0, 1, 201, dtype=below.dtype) * (below[-1] - weight[order[-1]])
         at = np.interp(place, below - weight[order], score)
         self._score_quantiles = at
-        known = ((~rows.missing) * weight).sum(1).clamp_min(1e-9)
+        there = ~values[:, self.engine_.order[self.engine_.num_given :]].T.isnan()
+        known = (there * weight).sum(1).clamp_min(1e-9)
         self._column_nats = ((nats * weight).sum(1) / known).tolist()
-
-    def _device(self, n: int) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if n >= 5000 and torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -546,43 +405,19 @@ class DensityEstimator(Conventions):
 
         The schema, scales and bins stay those of the first call.
         """
-        if not hasattr(self, "model_"):
+        if not hasattr(self, "engine_"):
             return self.fit(X, y, sample_weight)
-        values = self._encode(X)
-        weight = torch.from_numpy(_weights(sample_weight, len(values)))
-        weight = weight / weight.mean()
-        generator, model, n = self._generator(), self.model_, len(values)
-        fold = _folds(n, n, model.members, generator)
-        held = (fold >= 0).nonzero()[:, 0]
-        budget = Budget(self.max_time)
-        steps = plan(
-            model, n, batch_size=self.batch_size, seconds=self.max_time, steps=self.max_steps
-        )
-        steps["wanted"] = min(steps["wanted"], max(20, 5 * n // steps["batch_size"]))
-        steps["steps"] = min(steps["steps"], steps["wanted"])
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(self._seed())
-            history = train(
-                model,
-                lambda: iter([(values, weight, fold)]),
-                model.encode(values[held]),
-                fold[held],
-                weight[held],
-                rows=n,
-                lr=self.learning_rate / 3,
-                budget=budget,
-                generator=generator,
-                wanted=steps["wanted"],
-                steps=steps["steps"],
-                batch_size=steps["batch_size"],
-            )
-        model.eval()
         import pandas as pd
 
+        values = self._encode(X)
+        weight = torch.from_numpy(_weights(sample_weight, len(values)))
+        given = self.engine_.order[: self.engine_.num_given]
+        table, budget = TrainingTable(self.schema_, values, weight, given), Budget(self.max_time)
+        self.engine_.settings = self._settings()
+        fit = self.engine_.partial_fit(table, budget=budget, generator=self._generator())
         budget.warn(stacklevel=2)
-        self.history_ = pd.concat([self.history_, _history(history)], ignore_index=True)
-        few = held if len(held) else torch.arange(n)
-        self._calibrate(values[few], weight[few])
+        self.history_ = pd.concat([self.history_, _history(fit.history)], ignore_index=True)
+        self._calibrate(table, fit)
         return self
 
     # ------------------------------------------------------------------ densities
@@ -614,7 +449,7 @@ class DensityEstimator(Conventions):
         cell has NaN (skipped in the sum), and cells after it their log-density given the observed
         ones; with ``missing="model"`` it has the log-probability of being missing.
         """
-        model, frame = self._ready(), self._frame(X)
+        model, frame = self.model_, self._frame(X)
         return score_columns(model, frame, pattern=self.missing == "model", draws=self.draws)
 
     def _constrained(self, nats: np.ndarray, frame: pd.DataFrame) -> np.ndarray:
@@ -659,21 +494,13 @@ class DensityEstimator(Conventions):
         """
         import pandas as pd
 
-        model = self._ready()
-        values = self._encode(X)
+        engine, values = self._ready(), self._encode(X)
         generator = self._generator(random_state)
         out = {}
-        with torch.no_grad():
-            for place, x, law in model.walk(values):
-                c = model.cells[place]
-                if c.is_label:
-                    continue
-                held = x.nan_to_num(float(c.loc))
-                high, low = law.cdf(held), law.cdf(c.below(held))
-                u = low + (high - low) * torch.rand(len(x), generator=generator, dtype=x.dtype)
-                out[self.schema_.columns[model.order[place]].name] = torch.where(
-                    x.isnan(), torch.nan, u
-                ).numpy()
+        for j, law in engine.conditionals(values):
+            if isinstance(law, Numbers):
+                u = torch.rand(len(values), generator=generator, dtype=values.dtype)
+                out[self.schema_.columns[j].name] = law.pit(values[:, j], u).numpy()
         return pd.DataFrame(out)
 
     # ------------------------------------------------------------------ samples
@@ -753,7 +580,7 @@ class DensityEstimator(Conventions):
         self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False
     ) -> Tensor:
         """Several completions of each row, shape (N, n, D)."""
-        return complete(self._ready(), values, n, _uniforms(generator), leave=leave)
+        return self._ready().complete(values, n, generator=generator, leave=leave)
 
     def impute(self, X: Any, *, method: str = "draw", random_state: Any = None) -> Any:
         """Fill in missing cells from their distribution given the row's observed ones.
@@ -776,8 +603,8 @@ class DensityEstimator(Conventions):
             if method == "draw":
                 values[todo] = self._fill(values[todo], 1, generator)[:, 0]
             else:
-                values[todo] = averages(
-                    self._ready(), values[todo], max(self.draws, 256), _uniforms(generator)
+                values[todo] = self._ready().averages(
+                    values[todo], max(self.draws, 256), generator=generator
                 )
         filled = self.schema_.decode(values.numpy(), index=frame.index)
         return self._wrapped(fill_gaps(frame, filled))
@@ -814,24 +641,22 @@ class DensityEstimator(Conventions):
         levels = np.atleast_1d(np.asarray(q, float))
         if ((levels < 0) | (levels > 1)).any():
             raise ValueError(f"q must lie in [0, 1]; got {q}")
-        model, (values, good, _) = self._ready(), self._given(given)
+        engine, (values, good, _) = self._ready(), self._given(given)
         values = values[good]
-        places = self._open(values)
-        columns = self.schema_.columns
         out: dict[Any, np.ndarray] = {}
         filled = None
         exact = self._alone(values)
-        for t in places:
-            column = columns[model.order[model.num_given + t]]
-            if t == exact and column.relation is None:
-                law = next(law for i, _, law in model.walk(values) if i == model.num_given + t)
+        for j in self._open(values):
+            column = self.schema_.columns[j]
+            law = engine.conditional(values, j) if j == exact and not column.relation else None
+            if isinstance(law, Numbers):
                 p = torch.as_tensor(levels).expand(len(values), -1)
                 found = list(law.quantile(p).numpy().T)
             else:
                 if filled is None:
                     generator = self._generator(random_state)
                     filled = self.schema_.natural(self._fill(values, draws, generator).numpy())
-                x = filled[:, :, model.order[model.num_given + t]]
+                x = filled[:, :, j]
                 found = list(
                     np.quantile(
                         x, levels, axis=1, method="inverted_cdf" if column.step else "linear"
@@ -869,37 +694,36 @@ class DensityEstimator(Conventions):
         import pandas as pd
 
         draws = _count("draws", draws)
-        model, (values, good, _) = self._ready(), self._given(given)
+        engine, (values, good, _) = self._ready(), self._given(given)
         values = values[good]
         places = self._open(values)
         generator = self._generator(random_state)
-        filled = averages(model, values, draws, _uniforms(generator)).numpy()
+        filled = engine.averages(values, draws, generator=generator).numpy()
         if any(len(c.relation.exprs) > 1 for c in self.schema_ if c.relation is not None):
             drawn = self.schema_.natural(self._fill(values, draws, generator).numpy())
             filled = drawn.mean(1)  # of a largest, which is not the largest of means
         else:
             filled = self.schema_.natural(filled)
         out = {}
-        for t in places:
-            j = model.order[model.num_given + t]
+        for j in places:
             column = self.schema_.columns[j]
             out[column.name] = _times(column, _spread(filled[:, j], good))
         return pd.DataFrame(out)
 
     def _alone(self, values: Tensor) -> int | None:
         """The target that every row misses first, with nothing observed after it, if any."""
-        model = self._ready()
-        gone = values[:, model.order[model.num_given :]].isnan()
+        targets = self.engine_.order[self.engine_.num_given :]
+        gone = values[:, targets].isnan()
         first = gone.long().argmax(1)
         if len(gone) and bool((first == first[0]).all()) and bool(gone[:, first[0] :].all()):
-            return int(first[0])
+            return targets[int(first[0])]
         return None
 
     def _open(self, values: Tensor) -> list[int]:
-        """Places of the number targets that are missing in every row."""
-        model = self._ready()
-        gone = values[:, model.order[model.num_given :]].isnan().all(0)
-        places = [t for t, c in enumerate(model.targets) if bool(gone[t]) and not c.is_label]
+        """The number targets that are missing in every row, in the model's order."""
+        gone, columns = values.isnan().all(0), self.schema_.columns
+        targets = self.engine_.order[self.engine_.num_given :]
+        places = [j for j in targets if bool(gone[j]) and not columns[j].is_label]
         if not places:
             raise ValueError(
                 "no number column is left to predict: leave the wanted columns out of given"
@@ -940,7 +764,7 @@ class DensityEstimator(Conventions):
         It holds numbers and JSON, no code.
         """
         self._ready()
-        if _rank()[0] == 0:
+        if rank_and_world()[0] == 0:
             files.save(self, path)
 
     @classmethod
@@ -959,16 +783,6 @@ def _spread(x: np.ndarray, good: Tensor) -> np.ndarray:
     out = np.full(len(good), np.nan)
     out[good.numpy()] = x
     return out
-
-
-def _mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over the last axis."""
-    return (x * weight).sum(-1) / weight.sum().clamp_min(1e-300)
-
-
-def _uniforms(generator: torch.Generator) -> Uniforms:
-    """Random numbers by row and draw, seeded by a generator."""
-    return Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
 
 
 def _count(name: str, value: Any) -> int:
@@ -995,53 +809,9 @@ def _weights(weight: Any, n: int) -> np.ndarray:
     return out if whole else out / out[out > 0].mean()
 
 
-def _folds(n: int, size: int, members: int, generator: torch.Generator) -> Tensor:
-    """Member that does not train on a row, -1 for none; every member has as many."""
-    share = 1 / max(members, 5) if size < 15000 else min(0.05, 3000 / size)
-    held = int(min(share * n, 3000))
-    fold = torch.full((n,), -1)
-    if n >= 10 and held >= 1:
-        rows = torch.randperm(n, generator=generator)[: held * members]
-        fold[rows] = torch.arange(len(rows)) % members
-    return fold
-
-
 def _history(entries: list[dict[str, Any]]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(
         entries, columns=["step", "epoch", "train", "valid", "lr", "seconds", "skipped"]
-    )
-
-
-def _bar(show: bool, steps: int) -> Callable[[dict[str, float] | None], None]:
-    """A callback for history entries; None closes the bar."""
-    if not show:
-        return lambda entry: None
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=steps, unit="step")
-
-    def report(entry: dict[str, float] | None) -> None:
-        if entry is None:
-            bar.close()
-            return
-        bar.update(int(entry["step"]) - bar.n)
-        bar.set_postfix_str(f"held-out {entry['valid']:.3f} nats")
-
-    return report
-
-
-def _rank() -> tuple[int, int]:
-    """Rank and number of the processes that fit together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _parallel(module: nn.Module) -> nn.Module:
-    device = next(module.parameters()).device
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True
     )

@@ -6,15 +6,10 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pyroflows.density.columns import LabelCells, NumberCells
-from pyroflows.density.header import check_header, check_tensors
-from pyroflows.density.histogram import Histogram
-from pyroflows.density.mixtures import MixedMixture
-from pyroflows.density.model import TableModel
-from pyroflows.density.scores import NormalScores
+from pyroflows.density.engine import Engine
+from pyroflows.density.header import check_header
+from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.tables import Schema
 from pyroflows.tables.values import from_json, to_json
 
@@ -27,12 +22,8 @@ def save(estimator: Any, path: Any) -> None:
     """Write a fitted estimator."""
     from safetensors.torch import save_file
 
-    model: TableModel = estimator.model_
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, c in enumerate(model.cells):
-        tensors |= {f"cell{i}.{k}": v for k, v in c.state_dict().items()}
-    if model.mixture is not None:
-        tensors |= {f"mixture.{k}": v for k, v in model.mixture.state_dict().items()}
+    engine: Engine = estimator.engine_
+    tensors, fields = engine.state()
     params = {k: to_json(v) for k, v in estimator.get_params().items() if _is_plain(v)}
     header = dict(
         format=FORMAT,
@@ -40,10 +31,10 @@ def save(estimator: Any, path: Any) -> None:
         schema=estimator.schema_.to_json(),
         index_names=to_json(estimator.schema_.index_names),
         named=hasattr(estimator, "feature_names_in_"),
-        order=model.order,
-        num_given=model.num_given,
-        reads=model.reads,
-        config=model.config,
+        engine=engine.tag,
+        order=engine.order,
+        num_given=engine.num_given,
+        **fields,
         params=params,
         score_quantiles=[float(x) for x in estimator._score_quantiles],
         column_nats=estimator._column_nats,
@@ -96,44 +87,26 @@ def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
     try:
         check_header(header)
         schema = Schema.from_json(header["schema"], from_json(header.get("index_names", [None])))
-        check_tensors(header, schema, tensors)
-        model = _model(header, schema, tensors)
-        return _estimator(kind, header, schema, model.to(device))
+        engine = _engine(header.get("engine", "mixed")).from_state(schema, tensors, header)
+        return _estimator(kind, header, schema, engine.to(device))
     except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _model(header: dict[str, Any], schema: Schema, tensors: dict[str, Tensor]) -> TableModel:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    cells = [_cell(part(f"cell{i}.")) for i in range(len(header["order"]))]
-    state = part("mixture.")
-    mixture = None
-    if state:
-        flags = [c.is_label for c in cells]
-        labels = [state[f"label{i}"] for i in range(sum(flags))]
-        mixture = MixedMixture(state["log_weight"], state["mean"], state["chol"], labels, flags)
-    with torch.random.fork_rng(devices=[]):
-        model = TableModel(
-            schema,
-            cells,
-            header["order"],
-            header["num_given"],
-            mixture=mixture,
-            reads=header.get("reads"),
-            **header["config"],
-        )
-    model.load_state_dict(part("model."))
-    return model.eval().requires_grad_(False)
+def _engine(tag: str) -> type[Engine]:
+    """The class that wrote a file; files of before there were several name none."""
+    if tag == MixedEngine.tag:
+        return MixedEngine
+    raise ValueError(f"this pyroflows has no engine {tag!r}")
 
 
-def _estimator(kind: Any, header: dict[str, Any], schema: Schema, model: TableModel) -> Any:
+def _estimator(kind: Any, header: dict[str, Any], schema: Schema, engine: Engine) -> Any:
     import pandas as pd
 
     known = set(kind._names())
     out = kind(**{k: from_json(v) for k, v in header["params"].items() if k in known})
-    out.model_ = model
+    out.engine_ = engine
+    out.engine_.settings = out._settings()
     out.schema_ = schema
     out.n_features_in_ = len(schema)
     if header["named"]:
@@ -142,40 +115,6 @@ def _estimator(kind: Any, header: dict[str, Any], schema: Schema, model: TableMo
     out._column_nats = header["column_nats"]
     out.history_ = pd.DataFrame(**header["history"])
     return out
-
-
-def _cell(state: dict[str, Tensor]) -> LabelCells | NumberCells:
-    if "group" in state:
-        return LabelCells(
-            state["group"],
-            state["log_inside"],
-            state["bin_mass"],
-            state["log_unseen"],
-            state["missing_seen"],
-        )
-    hist = {k[5:]: v for k, v in state.items() if k.startswith("hist.")}
-    scores = {k[7:]: v for k, v in state.items() if k.startswith("scores.")}
-    rest = [
-        state[k]
-        for k in (
-            "atoms",
-            "loc",
-            "scale",
-            "bin_mass",
-            "step",
-            "anchor",
-            "bounds",
-            "waves",
-            "missing_seen",
-        )
-    ]
-    return NumberCells(
-        Histogram(hist["edges"], hist["mass"], hist["group"], hist["scale"], hist["xi"]),
-        NormalScores(
-            scores["knots"], scores["scores"], scores["slopes"], scores["scale"], scores["xi"]
-        ),
-        *rest,
-    )
 
 
 def _is_plain(value: Any) -> bool:

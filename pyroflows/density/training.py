@@ -17,6 +17,7 @@ from pyroflows.density.model import Rows, TableModel
 from pyroflows.density.network import ColumnNets
 from pyroflows.density.reads import WIDE
 from pyroflows.training.budget import Budget
+from pyroflows.training.parallel import agreed
 
 __all__ = [
     "column_scores",
@@ -52,7 +53,7 @@ def plan(
     n: int,
     *,
     batch_size: int | None = None,
-    seconds: float | None = None,
+    seconds: float = math.inf,
     steps: int | None = None,
 ) -> dict[str, int]:
     """Batch size and optimizer steps for n rows: what fits the budget on one core of 2020.
@@ -79,7 +80,7 @@ def plan(
         cost, fixed = cost + 3e-10 * weights, fixed + 1e-8 * weights
     passes = 60 if n >= 15000 else 100
     wanted = max(150, min(passes * n // batch, 3000)) if n >= 100 else 100
-    affordable = max(20, int(0.9 * (seconds or 1e9) / (cost * batch + fixed)))
+    affordable = max(20, int(0.9 * min(seconds, 1e9) / (cost * batch + fixed)))
     wanted = min(wanted, steps or wanted)
     return dict(batch_size=batch, steps=min(wanted, affordable), wanted=wanted)
 
@@ -344,7 +345,7 @@ def train(
                 for i in torch.randperm(len(values), generator=generator).split(batch_size):
                     if len(i) < min(batch_size, len(values)):
                         continue
-                    spent = _agreed(_late(budget.seconds() - begun, window), device)
+                    spent = agreed(_late(budget.seconds() - begun, window), like=live[0])
                     own = part[i][None] != torch.arange(model.members)[:, None]
                     share = max(step / steps, spent)
                     if share >= 1:
@@ -412,15 +413,6 @@ def _late(seconds: float, window: float) -> float:
     So the schedule follows its steps alone, and the seed, unless the clock is well behind them.
     """
     return max(0.0, (seconds / window - 0.1) / 0.9)
-
-
-def _agreed(share: float, device: torch.device) -> float:
-    """The largest of all processes' values, so that they stop together."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return share
-    value = torch.tensor([share], device=device)
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-    return float(value)
 
 
 class _Keeper:
