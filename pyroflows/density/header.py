@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyroflows.tables import Schema
 
-__all__ = ["check_header", "check_mixed"]
+__all__ = ["check_header", "check_tensors"]
 
 FIELDS: dict[str, type | tuple[type, ...]] = dict(
     schema=list,
@@ -40,6 +40,8 @@ def check_header(header: Mapping[str, Any]) -> None:
         f"order is no permutation of the {d} columns",
     )
     _claim(_whole(header["num_given"]) and 0 <= header["num_given"] < d, "num_given is no count")
+    if header.get("engine", "mixed") == "mixed":
+        _check_mixed(header)
     for name in ("score_quantiles", "column_nats"):
         _claim(all(isinstance(v, (int, float)) for v in header[name]), f"{name} are no numbers")
     _claim(len(header["score_quantiles"]) == 201, "there are not 201 score_quantiles")
@@ -47,6 +49,17 @@ def check_header(header: Mapping[str, Any]) -> None:
     _claim(set(header["history"]) == {"columns", "data"}, "history is no table")
     draws = header["params"].get("draws", 1)
     _claim(_whole(draws) and 1 <= draws <= 10**6, "draws is no number of draws")
+
+
+def _check_mixed(header: Mapping[str, Any]) -> None:
+    """Fields of the mixed model."""
+    _claim(isinstance(header.get("config"), dict), "field 'config' is missing or of a wrong type")
+    d, config = len(header["schema"]), header["config"]
+    _claim(set(config) == {*SIZES, "dropout"}, f"config has fields {sorted(config)}")
+    _claim(all(_whole(config[k]) and config[k] >= 1 for k in SIZES), "config has no sizes")
+    dropout = config["dropout"]
+    _claim(isinstance(dropout, (int, float)) and 0 <= dropout < 1, "dropout is no probability")
+    _check_reads(header.get("reads"), header["num_given"], d)
 
 
 def _check_reads(reads: Any, num_given: int, d: int) -> None:
@@ -63,21 +76,14 @@ def _check_reads(reads: Any, num_given: int, d: int) -> None:
         )
 
 
-def check_mixed(header: Mapping[str, Any], schema: Schema, tensors: Mapping[str, Tensor]) -> None:
-    """Fields of a mixed model; names, types and shapes of its tensors.
-
-    Nothing larger than they is made.
+def check_tensors(
+    header: Mapping[str, Any], schema: Schema, tensors: Mapping[str, Tensor]
+) -> None:
+    """Names, types and shapes of a mixed model's tensors; nothing larger than they is made.
 
     Raises:
-        ValueError: Naming the field, or the tensor, what was expected and what came.
+        ValueError: Naming the tensor, what was expected and what came.
     """
-    _claim(isinstance(header.get("config"), dict), "field 'config' is missing or of a wrong type")
-    d, config = len(header["schema"]), header["config"]
-    _claim(set(config) == {*SIZES, "dropout"}, f"config has fields {sorted(config)}")
-    _claim(all(_whole(config[k]) and config[k] >= 1 for k in SIZES), "config has no sizes")
-    dropout = config["dropout"]
-    _claim(isinstance(dropout, (int, float)) and 0 <= dropout < 1, "dropout is no probability")
-    _check_reads(header.get("reads"), header["num_given"], d)
     at = _Tensors(tensors)
     features, bins, label = [], [], []
     for i, j in enumerate(header["order"]):

@@ -12,7 +12,7 @@ from pyroflows.density.columns import LabelCells, NumberCells
 from pyroflows.density.conditionals import Conditional
 from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
 from pyroflows.density.fitting import fit_mixed, fit_more
-from pyroflows.density.header import check_mixed
+from pyroflows.density.header import check_tensors
 from pyroflows.density.histogram import Histogram
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
@@ -124,7 +124,7 @@ class MixedEngine(Engine):
         cls, schema: Schema, tensors: dict[str, Tensor], header: dict[str, Any]
     ) -> Self:
         """Checked before anything is built."""
-        check_mixed(header, schema, tensors)
+        check_tensors(header, schema, tensors)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
