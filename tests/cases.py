@@ -11,6 +11,7 @@ from torch import nn
 
 import pyroflows.transforms as T
 from pyroflows.bijection import Bijection, Compose
+from pyroflows.conditioners import Columns
 from pyroflows.families import CDF, LogisticMixture
 from pyroflows.scalar import Affine, Chain, PerFeature, Shift
 from pyroflows.splines import LinearRational, RationalQuadratic
@@ -87,6 +88,12 @@ CASES: dict[str, Case] = {
     ),
     "affine_autoregressive_one_feature": Case(
         lambda c: T.affine_autoregressive(1, [4], context_dim=c), (1,)
+    ),
+    "autoregressive_columns": Case(
+        lambda c: T.autoregressive(
+            Affine(), 4, [6, 6], permutation=[2, 0, 3, 1], context_dim=c, conditioner=Columns
+        ),
+        (4,),
     ),
     "spline_autoregressive": Case(
         lambda c: T.spline_autoregressive(4, [8], permutation=[2, 0, 3, 1], context_dim=c), (4,)

@@ -16,7 +16,7 @@ from pyro.distributions.torch_transform import TransformModule
 from pyro.infer import SVI, Trace_ELBO
 
 from pyroflows.bijection import Bijection, Compose, as_bijection
-from pyroflows.conditioners import Conv, Dense, Masked, SequentialPass
+from pyroflows.conditioners import Columns, ColumnsPass, Conv, Dense, Masked, SequentialPass
 
 BATCHES = [(), (3,), (2, 3), (0,)]
 KINDS = [(n, c) for n, case in CASES.items() for c in ((0, 2) if case.takes_context else (0,))]
@@ -181,10 +181,11 @@ def count_calls(t, monkeypatch):
     """A list that grows with every call of a network, and every step of a sequential one."""
     calls = []
     for module in t.modules():
-        if isinstance(module, (Dense, Masked, Conv)):
+        if isinstance(module, (Dense, Masked, Columns, Conv)):
             module.register_forward_hook(lambda *_: calls.append(1))
-    step = SequentialPass.params
-    monkeypatch.setattr(SequentialPass, "params", lambda self: calls.append(1) or step(self))
+    for kind in (SequentialPass, ColumnsPass):
+        count = lambda self, step=kind.params: calls.append(1) or step(self)  # noqa: E731
+        monkeypatch.setattr(kind, "params", count)
     return calls
 
 
@@ -219,7 +220,7 @@ def test_calls_that_a_class_says_nothing_about():
 def test_network_calls(name, context_dim):
     """Value and log-determinant come from one evaluation through Pyro's own distribution."""
     t, calls = build(name, context_dim), []
-    networks = [m for m in t.modules() if isinstance(m, (Dense, Masked))]
+    networks = [m for m in t.modules() if isinstance(m, (Dense, Masked, Columns))]
     for network in networks:
         network.register_forward_hook(lambda *_, n=network: calls.append(n))
     d = dist.TransformedDistribution(

@@ -7,6 +7,7 @@ narrow one hands out a tuple of tensors, one a parameter, whose gradients come t
 copy.
 """
 
+from pyroflows.conditioners.columns import ColumnNets, Columns, ColumnsPass
 from pyroflows.conditioners.convolutional import Conv
 from pyroflows.conditioners.dense import Dense, Free
 from pyroflows.conditioners.masked import Masked, SequentialPass
@@ -14,6 +15,9 @@ from pyroflows.conditioners.network import Activation, Params, default_hidden_di
 
 __all__ = [
     "Activation",
+    "ColumnNets",
+    "Columns",
+    "ColumnsPass",
     "Conv",
     "Dense",
     "Free",

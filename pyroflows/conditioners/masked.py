@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.conditioners.graph import before, order_and_graph
 from pyroflows.conditioners.network import Activation, Conditioner, Params
 from pyroflows.memory import Twin
 from pyroflows.numerics import plain
 
-__all__ = ["Masked", "SequentialPass", "check_adjacency"]
+__all__ = ["Masked", "SequentialPass"]
 
 
 class Masked(Conditioner):
@@ -72,16 +73,7 @@ class Masked(Conditioner):
             activation=activation,
         )
         self.input_dim = input_dim
-        graph = None
-        if adjacency is not None:
-            if order is not None:
-                raise ValueError("adjacency sets the order of the features: leave out the order")
-            graph = check_adjacency(adjacency, input_dim)
-            order = _sorted_by(graph)
-        order = range(input_dim) if order is None else order
-        order = order.tolist() if isinstance(order, Tensor) else list(order)
-        if sorted(order) != list(range(input_dim)):
-            raise ValueError(f"order must be a permutation of 0..{input_dim - 1}; got {order}")
+        order, graph = order_and_graph(input_dim, order, adjacency)
         self.register_buffer("order", torch.tensor(order))
         self.register_buffer("adjacency", None if graph is None else torch.tensor(graph.tolist()))
         self.register_buffer("mask", torch.ones(len(self.weights), dtype=torch.bool))
@@ -98,13 +90,13 @@ class Masked(Conditioner):
             units = self._spread_evenly(width, len(sets))
             weight.copy_(seen[:, units])
             seen = inside[units]
-        seen = _is_part_of(sets, _before(order) if graph is None else graph)[units]
+        seen = _is_part_of(sets, before(order) if graph is None else graph)[units]
         layers[-1][0].copy_(seen.repeat(1, self.num_params))
 
     def _sets(self, order: list[int], graph: Tensor | None) -> tuple[Tensor, list[int]]:
         """The sets that units may depend on, ``(count, D)``, and their degrees, ascending."""
         place = torch.tensor(order, device="cpu").argsort()
-        sets = (_before(order) if graph is None else graph).unique(dim=0)
+        sets = (before(order) if graph is None else graph).unique(dim=0)
         degrees = torch.where(sets, place + 1, 0).amax(1)
         # without a context a unit that sees nothing would be a constant
         useful = degrees > (-1 if self.context_dim or not degrees.any() else 0)
@@ -164,40 +156,6 @@ class Masked(Conditioner):
             RuntimeError: If the network is on the meta device and holds nothing.
         """
         return SequentialPass(self, tuple(batch_shape), context)
-
-
-def check_adjacency(adjacency: Sequence[Sequence[bool]] | Tensor, input_dim: int) -> Tensor:
-    """Return the graph without its diagonal, checked for its shape."""
-    graph = torch.as_tensor(adjacency, device="cpu").bool()
-    if graph.shape != (input_dim, input_dim):
-        raise ValueError(
-            f"adjacency must be of shape ({input_dim}, {input_dim}), entry (i, j) for feature i "
-            f"depends on feature j; got {tuple(graph.shape)}"
-        )
-    return graph & ~torch.eye(input_dim, dtype=torch.bool, device="cpu")
-
-
-def _sorted_by(graph: Tensor) -> list[int]:
-    """The features, each behind those it depends on."""
-    order: list[int] = []
-    waits_for = {i: set(row.nonzero().flatten().tolist()) for i, row in enumerate(graph)}
-    while waits_for:
-        ready = next((i for i, rest in waits_for.items() if not rest), None)
-        if ready is None:
-            raise ValueError(
-                f"adjacency must have no cycle; features {sorted(waits_for)} depend on each other"
-            )
-        order.append(ready)
-        del waits_for[ready]
-        for rest in waits_for.values():
-            rest.discard(ready)
-    return order
-
-
-def _before(order: list[int]) -> Tensor:
-    """The graph in which each feature depends on all before it."""
-    place = torch.tensor(order, device="cpu").argsort()
-    return place < place[:, None]
 
 
 def _is_part_of(sets: Tensor, others: Tensor) -> Tensor:

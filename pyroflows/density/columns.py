@@ -21,7 +21,7 @@ POINT = 1e-8  # width in normal scores that stands for a point
 
 
 class Encoded(NamedTuple):
-    """Cells, each of shape (N,): what :func:`pyroflows.density.network.mixture_log_prob` needs."""
+    """Cells, each of shape (N,): what the conditional densities need."""
 
     cell: Tensor
     inside: Tensor

@@ -11,14 +11,14 @@ import math
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyroflows.density.columns import NEVER, LabelCells, NumberCells
 from pyroflows.density.mixtures import gaussian_log_cell
-from pyroflows.density.network import log_scale
 from pyroflows.families import Logistics
 
-__all__ = ["Conditional", "Labels", "Numbers"]
+__all__ = ["Conditional", "Labels", "Numbers", "mixture_log_prob"]
 
 BLOCK = 2**22  # numbers at once
 
@@ -135,8 +135,8 @@ class Numbers(Conditional):
     @property
     def _logistics(self) -> Logistics:
         """The logistics, for several values in each row."""
-        parts = (self.log_logistic, self.loc, self.log_scale)
-        return Logistics(*(part[:, None] for part in parts), dim=-1)
+        weight, loc, log_scale = self.log_logistic, self.loc, self.log_scale
+        return Logistics(weight[:, None], loc[:, None], log_scale[:, None], dim=-1)
 
     @property
     def log_atoms(self) -> Tensor:
@@ -257,6 +257,47 @@ class Numbers(Conditional):
         log_mass = f.diff(dim=1).clamp_min(0).log()
         atoms = c.atoms.expand(n, -1)
         return torch.cat([middle, atoms], 1), torch.cat([log_mass, self.log_atoms], 1)
+
+
+def log_scale(raw: Tensor) -> Tensor:
+    """Log-scale of a logistic.
+
+    Softly bounded below by -8 (3e-4 of a normal score), linear above.
+    """
+    return F.softplus(raw + 8.0) - 8.0
+
+
+def mixture_log_prob(
+    out: Tensor,
+    cell: Tensor,
+    inside: Tensor,
+    upper: Tensor,
+    width: Tensor,
+    offset: Tensor,
+    bins: int,
+) -> Tensor:
+    r"""Log-density of cells under a mixture of histogram bins and logistics of the normal scores.
+
+    .. math:: p = w_{b(x)}\, f(x \mid b) + \sum_k w_k
+        \Big[\sigma\big(\tfrac{s^+ - \mu_k}{\sigma_k}\big) - \sigma\big(\tfrac{s^- -
+        \mu_k}{\sigma_k}\big)\Big] e^{offset}
+
+    Args:
+        out: Network outputs, shape (G, N, bins + 3 K): logits of bins and logistics, locations,
+            log-scales.
+        cell: Bin of each cell, shape (G, N).
+        inside: log f(x | b), shape (G, N).
+        upper: Upper end of the cell in normal scores, shape (G, N).
+        width: Its width there, shape (G, N).
+        offset: Log of density per unit of score probability, shape (G, N).
+        bins: Number of bins.
+    """
+    k = (out.shape[-1] - bins) // 3
+    logits, loc, raw = out.split([bins + k, k, k], -1)
+    log_w = logits.log_softmax(-1)
+    log_bin = log_w[..., :bins].gather(-1, cell[..., None])[..., 0] + inside
+    smooth = Logistics(log_w[..., bins:], loc, log_scale(raw), dim=-1)
+    return torch.logaddexp(log_bin, smooth.log_cell(upper, width) + offset)
 
 
 def choose(log_w: Tensor, u: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 It owns what is abrupt: recording steps, caps, spikes, gaps. What is smooth has
 :class:`pyroflows.density.scores.NormalScores` beside it; the conditional densities of
-:mod:`pyroflows.density.network` are mixtures of components of both kinds.
+:mod:`pyroflows.density.conditionals` are mixtures of components of both kinds.
 """
 
 from __future__ import annotations

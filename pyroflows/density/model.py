@@ -14,10 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyroflows.conditioners import ColumnNets
 from pyroflows.density.columns import NEVER, Encoded, LabelCells, NumberCells
-from pyroflows.density.conditionals import Labels, Numbers, labels_of, numbers_of
+from pyroflows.density.conditionals import (
+    Labels,
+    Numbers,
+    labels_of,
+    mixture_log_prob,
+    numbers_of,
+)
 from pyroflows.density.mixtures import MixedMixture, State
-from pyroflows.density.network import ColumnNets, mixture_log_prob
 from pyroflows.density.particles import Particles, evidence
 from pyroflows.tables import Schema
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.conditioners import ColumnNets
 from pyroflows.density.columns import NEVER, NumberCells
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import Rows, TableModel
-from pyroflows.density.network import ColumnNets
 from pyroflows.density.reads import WIDE
 from pyroflows.training.budget import Budget
 from pyroflows.training.parallel import agreed

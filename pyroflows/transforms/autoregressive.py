@@ -3,15 +3,15 @@
 MAF and IAF.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pyroflows.bijection import Bijection
-from pyroflows.conditioners import Masked
-from pyroflows.conditioners.masked import check_adjacency
+from pyroflows.conditioners import Masked, Params
+from pyroflows.conditioners.graph import check_adjacency
 from pyroflows.scalar import Affine, ScalarMap, map_of_feature, maps_of_part
 from pyroflows.transforms._factories import conditional, spline_map
 from pyroflows.transforms.elementwise import Elementwise, elementwise
@@ -24,6 +24,31 @@ __all__ = [
     "conditional_spline_autoregressive",
     "spline_autoregressive",
 ]
+
+
+class Sequential(Protocol):
+    """One pass in which θ of a feature is asked for when the features before it are known."""
+
+    order: list[int]
+
+    def params(self) -> Tensor:
+        """Return θ of the next feature, shape ``(num_params, *batch)``."""
+
+    def push(self, value: Tensor) -> None:
+        """Take the value of the next feature, shape batch."""
+
+
+class AutoregressiveConditioner(Protocol):
+    """What :class:`Autoregressive` asks of a network."""
+
+    input_dim: int
+    num_params: int
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Params:
+        """Return θ of shape ``(num_params, *batch, input_dim)``, each by the features before."""
+
+    def sequential(self, batch_shape: Sequence[int], context: Tensor | None = None) -> Sequential:
+        """Begin a pass feature by feature."""
 
 
 class Autoregressive(Bijection):
@@ -39,7 +64,7 @@ class Autoregressive(Bijection):
     Args:
         scalar: The map :math:`g`; see :mod:`pyroflows.scalar`.
         conditioner: A :class:`pyroflows.conditioners.Masked` network with ``scalar.num_params``
-            parameters.
+            parameters, or :class:`pyroflows.conditioners.Columns`.
         context_dim: Features of the context ``c``, shape ``(*batch, context_dim)``; 0 for none.
 
     Raises:
@@ -53,7 +78,9 @@ class Autoregressive(Bijection):
 
     autoregressive = True
 
-    def __init__(self, scalar: ScalarMap, conditioner: Masked, *, context_dim: int = 0) -> None:
+    def __init__(
+        self, scalar: ScalarMap, conditioner: AutoregressiveConditioner, *, context_dim: int = 0
+    ) -> None:
         if conditioner.num_params != scalar.num_params:
             raise ValueError(
                 f"Autoregressive: {scalar} takes {scalar.num_params} parameters a feature; "
@@ -98,6 +125,7 @@ def autoregressive(
     permutation: Sequence[int] | Tensor | None = None,
     adjacency: Sequence[Sequence[bool]] | Tensor | None = None,
     context_dim: int = 0,
+    conditioner: Callable[..., AutoregressiveConditioner] = Masked,
     **network: Any,
 ) -> Autoregressive | Elementwise:
     """Return an autoregressive transform with a masked network for any scalar map.
@@ -106,14 +134,17 @@ def autoregressive(
         scalar: The map; see :mod:`pyroflows.scalar`.
         input_dim: Number of features D. A single one depends on nothing before it: the result is
             then the elementwise map, whose parameters are free or depend on the context alone.
-        hidden_dims: Widths of the network; two layers of ten units a feature, 32 to 256, if None.
+        hidden_dims: Widths of the network; if None those of a masked network are two layers of ten
+            units a feature, 32 to 256.
         permutation: The features in the order in which they depend on each other; the natural one
             if None.
         adjacency: Instead of ``permutation`` a boolean ``(input_dim, input_dim)``: entry (i, j)
             says that the parameters of feature i may depend on feature j. No cycles; the diagonal
             does not count. For ``inv`` the features are those of the data.
         context_dim: Features of the context; 0 for none.
-        **network: ``residual`` and ``activation`` of :class:`pyroflows.conditioners.Masked`.
+        conditioner: Class of the network: :class:`pyroflows.conditioners.Masked`, or
+            :class:`pyroflows.conditioners.Columns` for one network a feature.
+        **network: ``residual`` and ``activation`` of a masked network, ``dropout`` of the other.
 
     Raises:
         ValueError: If ``input_dim`` is not positive, or ``permutation`` or ``adjacency`` is none.
@@ -125,7 +156,7 @@ def autoregressive(
     if input_dim == 1:
         return elementwise(scalar, 1, context_dim=context_dim, hidden_dims=hidden_dims, **network)
     scalar = maps_of_part(scalar, [input_dim])
-    conditioner = Masked(
+    net = conditioner(
         input_dim,
         scalar.num_params,
         context_dim=context_dim,
@@ -134,7 +165,7 @@ def autoregressive(
         adjacency=adjacency,
         **network,
     )
-    return Autoregressive(scalar, conditioner, context_dim=context_dim)
+    return Autoregressive(scalar, net, context_dim=context_dim)
 
 
 def affine_autoregressive(
