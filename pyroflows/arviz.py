@@ -15,12 +15,11 @@ from torch import Tensor
 from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.draws import (
     draw_from,
-    is_computed,
     posterior_density,
     row_axes,
     site_plates,
 )
-from pyroflows.guides.evaluation import is_data, is_discrete
+from pyroflows.guides.messages import is_computed, is_data, is_discrete
 from pyroflows.guides.rows import WholeDensity
 
 __all__ = ["to_arviz"]

@@ -26,7 +26,6 @@ from pyroflows.guides.draws import (
     importance_resample,
     posterior_density,
 )
-from pyroflows.guides.latent import LatentSite
 from pyroflows.guides.probes import (
     Frame,
     Gradients,
@@ -37,6 +36,7 @@ from pyroflows.guides.probes import (
 )
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.rows import NotJudged, WholeDensity
+from pyroflows.guides.sites import Site
 from pyroflows.guides.weights import WeightSummary, pareto_k, smooth_weights, summarize_weights
 
 __all__ = ["Diagnosis", "diagnose", "importance_resample", "pareto_k", "to_arviz"]
@@ -233,17 +233,16 @@ def _without_verdict(reason: str, seconds: float) -> Diagnosis:
 def _points(density: WholeDensity, draws: GuideDraws) -> str:
     """Names of the sites of which all draws are the same, as the subject of a sentence."""
     still = (draws.latent == draws.latent[0]).all(0)
-    names = [s.name for s in density.sites if still[s.start : s.start + s.size].all() and s.size]
+    names = [s.name for s in density.sites if still[s.part].all() and s.size]
     if not names or len(draws.latent) == 1:
         return ""
     return ", ".join(f"'{n}'" for n in names[:4]) + (" is" if len(names) == 1 else " are each")
 
 
-def _entries(density: WholeDensity, draws: GuideDraws, site: LatentSite) -> Tensor:
+def _entries(density: WholeDensity, draws: GuideDraws, site: Site) -> Tensor:
     """Values of a site, angles in one turn around their centre; ``(S, *site)``."""
-    part = slice(site.start, site.start + site.size)
-    if density.circular[part].any():
-        return density.turned(draws.latent)[:, part]
+    if density.circular[site.part].any():
+        return density.turned(draws.latent)[:, site.part]
     return draws.values[site.name]
 
 

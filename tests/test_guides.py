@@ -210,7 +210,7 @@ def test_parameters_exist_after_setup_and_all_learn():
 def test_log_prob_is_the_guides_own():
     guide = AutoFlow(every_support).setup()
     trace = poutine.trace(guide).get_trace()
-    values = {s["name"]: s["value"] for s in guide._sites() for s in [trace.nodes[s["name"]]]}
+    values = {s.name: trace.nodes[s.name]["value"] for s in guide.flow_sites}
     torch.testing.assert_close(guide.log_prob(values), trace.log_prob_sum(), atol=1e-3, rtol=1e-4)
     draws = guide.sample_posterior(5)
     assert guide.log_prob(draws).shape == (5,)

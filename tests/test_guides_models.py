@@ -16,13 +16,13 @@ from torch import nn
 from torch.distributions import biject_to
 
 from pyroflows import AutoFlow, fit_guide
-from pyroflows.guides import latent
+from pyroflows.guides import batching
 from pyroflows.guides.latent import LatentDensity
 
 
 def single(density, u):
     """The densities of single runs, an oracle for batches."""
-    return torch.stack([density._log_density(point) for point in u])
+    return torch.stack([density.log_density(point) for point in u])
 
 
 # ------------------------------------------------------------------------------- routes
@@ -141,7 +141,7 @@ def test_batches_are_cut_to_a_budget(monkeypatch):
         with pyro.plate("rows", 1000):
             pyro.sample("y", dist.Normal(m, 1.0), obs=y)
 
-    monkeypatch.setattr(latent, "BUDGET", 20_000)
+    monkeypatch.setattr(batching, "BUDGET", 20_000)
     y = torch.randn(1000)
     density = LatentDensity(model, (y,))
     u = torch.randn(50, 1)

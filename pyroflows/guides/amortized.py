@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -20,9 +19,9 @@ from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
 from pyroflows.conditioners import Dense, Free
 from pyroflows.guides.autoflow import AutoFlow
-from pyroflows.guides.evaluation import bijection_of
 from pyroflows.guides.saving import SavedGuide
-from pyroflows.guides.supports import fixed_rows, placed
+from pyroflows.guides.sites import Site, Sites
+from pyroflows.guides.substitute import Substitute
 from pyroflows.guides.transport import who_moves
 from pyroflows.scalar import Affine
 from pyroflows.transforms.coupling import Coupling
@@ -152,12 +151,10 @@ class AmortizedFlow(SavedGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._see(*args, **kwargs)
-        sites = dict(self.prototype_trace.iter_stochastic_nodes())
-        self._names = names = self._find_local(sites)
-        self.local_sites = [_LocalSite(sites[n]) for n in names]
-        self._frames = list(sites[names[0]]["cond_indep_stack"])
-        self.local_dim, self.global_dim = sum(s.size for s in self.local_sites), 0
-        if len(names) < len(sites):
+        self._names = names = self._find_local()
+        self._frames = list(self.sites.named[names[0]].plates)
+        self.local_dim, self.global_dim = self.local_sites.dim, 0
+        if len(names) < len(self.sites):
             self.global_guide = AutoFlow(
                 poutine.block(self.raw_model, hide=names),
                 flow=self._flow,
@@ -166,15 +163,22 @@ class AmortizedFlow(SavedGuide):
             )
             self.global_guide.setup(*args, **kwargs)
             self.global_dim = self.global_guide.latent_dim
-        self._find_moving(names, args, kwargs)
+        self._find_moving(self.local_sites, args, kwargs)
         made = self._local(self.local_dim, self.encoder_dim + self.global_dim)
-        self.local_transform = as_bijection(made).to(sites[names[0]]["value"])
+        like = self.prototype_trace.nodes[names[0]]["value"]
+        self.local_transform = as_bijection(made).to(like)
 
-    def _find_local(self, sites: dict[str, Any]) -> list[str]:
+    @property
+    def local_sites(self) -> Sites:
+        """The layout of a row's local latents."""
+        return self._layout("rows", lambda: self.sites.only(self._names).of_rows())
+
+    def _find_local(self) -> list[str]:
+        sites = self.sites.named
         names = (
             self._local_names
-            or _inside_plates(sites, subsampled=True)
-            or _inside_plates(sites, subsampled=False)
+            or [s.name for s in self.sites if s.subsampled]
+            or [s.name for s in self.sites if s.plates]
         )
         unknown = [n for n in names if n not in sites]
         if unknown:
@@ -185,7 +189,7 @@ class AmortizedFlow(SavedGuide):
             raise ValueError(
                 "AmortizedFlow: the model has no latents inside a plate; use AutoFlow"
             )
-        stacks = {tuple(sorted(f.name for f in sites[n]["cond_indep_stack"])) for n in names}
+        stacks = {tuple(sorted(f.name for f in sites[n].plates)) for n in names}
         if len(stacks) > 1 or () in stacks:
             raise ValueError(
                 f"AmortizedFlow: local latents lie in different plates: {sorted(stacks)}"
@@ -222,28 +226,19 @@ class AmortizedFlow(SavedGuide):
                 self.local_posterior(self._context(shared, args, kwargs)),
                 infer={"is_auxiliary": True},
             )
-        unpacked = self._unpack(latent)
         if self._moving:
+            unconstrained = self.local_sites.split(latent)
             places = self._model_supports.places(
-                self.raw_model, args, kwargs, unpacked, result, rows
+                self.raw_model, args, kwargs, unconstrained, result, rows
             )
         else:
-            places = {
-                s.name: placed(unpacked[s.name], s.support, s.event_dim) for s in self.local_sites
-            }
+            places = self.local_sites.deltas(latent)
         with ExitStack() as stack:
             for frame in self._frames:
                 stack.enter_context(plates[frame.name])
             for site in self.local_sites:
                 result[site.name] = pyro.sample(site.name, places[site.name])
-        return {name: result[name] for name, _ in self.prototype_trace.iter_stochastic_nodes()}
-
-    def _unpack(self, latent: Tensor) -> dict[str, Tensor]:
-        parts = latent.split([site.size for site in self.local_sites], -1)
-        return {
-            site.name: part.reshape(latent.shape[:-1] + site.event_shape)
-            for site, part in zip(self.local_sites, parts, strict=True)
-        }
+        return {name: result[name] for name in self.sites.named}
 
     def _context(self, shared: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """What the local flow sees, inside the plates: features and the global vector."""
@@ -301,12 +296,11 @@ class AmortizedFlow(SavedGuide):
                     rows[name] = index
             nesting = max(-frame.dim for frame in self._prototype_frames.values())
             draws = pyro.plate("_draws", num_samples, dim=-1 - nesting)
-            with fixed_rows(rows), draws:
+            with Substitute(rows=rows), draws:
                 values = self(*args, **kwargs)
         found = {}
         for name, value in values.items():
-            site = self.prototype_trace.nodes[name]
-            lead = value.dim() - site["value"].dim()
+            lead = value.dim() - len(self.sites.named[name].value_shape)
             found[name] = value.reshape(num_samples, *value.shape[lead:]) if lead else value
         return found
 
@@ -331,19 +325,7 @@ class AmortizedFlow(SavedGuide):
         return {name: d.median(0).values for name, d in draws.items()}
 
 
-class _LocalSite:
-    """What unpacking needs to know of a local site."""
-
-    def __init__(self, site: dict[str, Any]) -> None:
-        self.name, self.support, self.event_dim = (
-            site["name"],
-            site["fn"].support,
-            site["fn"].event_dim,
-        )
-        u = bijection_of(site).inv(site["value"])
-        event_dim = self.event_dim + u.dim() - site["value"].dim()
-        self.event_shape = u.shape[u.dim() - event_dim :]
-        self.size = math.prod(self.event_shape)
+_LocalSite = Site  # guides pickled before there were layouts ask for it by this name
 
 
 def _first_argument(*args: Any, **kwargs: Any) -> Tensor:
@@ -353,14 +335,6 @@ def _first_argument(*args: Any, **kwargs: Any) -> Tensor:
             "with inputs= what to encode"
         )
     return args[0]
-
-
-def _inside_plates(sites: dict[str, Any], subsampled: bool) -> list[str]:
-    return [
-        name
-        for name, site in sites.items()
-        if any(not subsampled or f.full_size != f.size for f in site["cond_indep_stack"])
-    ]
 
 
 def _join(features: Tensor, global_part: Tensor) -> Tensor:

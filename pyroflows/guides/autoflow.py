@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,17 +18,12 @@ from torch.distributions import Transform
 
 from pyroflows import store
 from pyroflows.bijection import Bijection, Compose, as_bijection
-from pyroflows.guides.evaluation import onto_support
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.local import LocalNormals
 from pyroflows.guides.mixture import Mixture, MixtureNoise
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
-from pyroflows.guides.saving import SavedGuide, is_subsampled
-from pyroflows.guides.supports import (
-    Placed,
-    placed,
-    unplaced,
-)
+from pyroflows.guides.saving import SavedGuide
+from pyroflows.guides.sites import Placed, Sites
 from pyroflows.guides.transport import Transport, posterior_flow
 
 __all__ = ["AutoFlow"]
@@ -110,20 +104,14 @@ class AutoFlow(SavedGuide, AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._see(*args, **kwargs)
-        starts = self._starts()
-        local = {n: (s, u) for n, (s, u) in starts.items() if is_subsampled(s)}
-        parts = [u.reshape(-1) for n, (_, u) in starts.items() if n not in local]
-        self._shared = [n for n in starts if n not in local]
-        self._unconstrained_shapes = {n: u.shape for n, (_, u) in starts.items()}
-        self._cond_indep_stacks = {n: s["cond_indep_stack"] for n, (s, _) in starts.items()}
-        self.latent_dim = sum(len(part) for part in parts)
-        if parts:
-            self._make_transport(torch.cat(parts))
+        self.latent_dim = self.flow_sites.dim
+        if self.flow_sites:
+            self._make_transport(self.flow_sites.start(self.prototype_trace))
+        local = Sites(site for site in self.sites if site.subsampled)
         if local:
-            self.local = LocalNormals(local, self._init_scale, self.latent_dim)
-        self._fixed_supports = {n: s["fn"].support for n, (s, _) in starts.items()}
-        self._event_dims = {n: s["fn"].event_dim for n, (s, _) in starts.items()}
-        self._find_moving(list(starts), args, kwargs)
+            start = local.split(local.start(self.prototype_trace))
+            self.local = LocalNormals(local, start, self._init_scale, self.latent_dim)
+        self._find_moving(self.sites, args, kwargs)
         if self.master is None:
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam asks for them
@@ -131,24 +119,18 @@ class AutoFlow(SavedGuide, AutoContinuous):
     @property
     def holds_all(self) -> bool:
         """Whether one flow holds every latent: none is local to a subsampled plate."""
-        return bool(self._shared) and not self._follows_plates
+        return bool(self.flow_sites) and not self._follows_plates
 
     @property
-    def _follows_plates(self) -> bool:
-        return len(self._shared) < len(self._fixed_supports)
+    def flow_sites(self) -> Sites:
+        """The layout of the flow's vector: all latents but those of subsampled plates."""
+        return self._layout("flow", lambda: Sites(s for s in self.sites if not s.subsampled))
 
     def _make_transport(self, loc: Tensor) -> None:
         full_rank = len(loc) <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
         flow = _make_flow(self._flow, len(loc))
         self.transport = Transport(flow, loc, init_scale=self._init_scale, full_rank=full_rank)
         self._parameters["packed"] = nn.Parameter(self.transport.initial.clone())
-
-    def _starts(self) -> dict[str, tuple[dict[str, Any], Tensor]]:
-        """Each latent site and its initial unconstrained value."""
-        return {
-            name: (site, onto_support(site["fn"].support).inv(site["value"]))
-            for name, site in self.prototype_trace.iter_stochastic_nodes()
-        }
 
     # ------------------------------------------------------------------------------------------
     # the posterior
@@ -209,16 +191,16 @@ class AutoFlow(SavedGuide, AutoContinuous):
         self.setup(*args, **kwargs)
         latent = self.sample_latent(*args, **kwargs) if self.latent_dim else None
         plates = self._create_plates(*args, **kwargs)
-        unpacked = {} if latent is None else {s["name"]: u for s, u in self._unpack_latent(latent)}
-        if len(unpacked) < len(self._fixed_supports):
-            unpacked.update(self._draw_local(latent, plates))
-        places = self._places(unpacked, plates, args, kwargs)
+        unconstrained = {} if latent is None else self.flow_sites.split(latent)
+        if self.local is not None:
+            unconstrained.update(self._draw_local(latent, plates))
+        places = self._places(unconstrained, plates, args, kwargs)
         result = {}
-        for name in self._fixed_supports:
+        for site in self.sites:
             with ExitStack() as stack:
-                for frame in self._cond_indep_stacks[name]:
+                for frame in site.plates:
                     stack.enter_context(plates[frame.name])
-                result[name] = pyro.sample(name, places[name])
+                result[site.name] = pyro.sample(site.name, places[site.name])
         return result, latent
 
     def _draw_local(self, latent: Tensor | None, plates: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -226,46 +208,37 @@ class AutoFlow(SavedGuide, AutoContinuous):
         z = None if latent is None else self.get_posterior().transforms[0].inv(latent)
         self._claim()
         drawn, local = {}, self.local
-        for name in local:
+        for site in local.sites:
             with ExitStack() as stack:
-                for frame in self._cond_indep_stacks[name]:
+                for frame in site.plates:
                     stack.enter_context(plates[frame.name])
-                drawn[name] = pyro.sample(
-                    f"{name}_unconstrained",
-                    local.posterior(name, z),
+                drawn[site.name] = pyro.sample(
+                    f"{site.name}_unconstrained",
+                    local.posterior(site.name, z),
                     infer={"is_auxiliary": True},
                 )
         return drawn
 
     def _places(
         self,
-        unpacked: Mapping[str, Tensor],
+        unconstrained: Mapping[str, Tensor],
         plates: Mapping[str, Any],
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Mapping[str, Placed]:
         """Each site's value and log-Jacobian; by a run of the model if supports move."""
         if not self._moving:
-            return {
-                name: placed(unpacked[name], support, self._event_dims[name])
-                for name, support in self._fixed_supports.items()
-            }
+            return {site.name: site.delta(unconstrained[site.name]) for site in self.sites}
         rows = {}
         for name, plate in plates.items():
             with plate as index:
                 rows[name] = index
-        return self._model_supports.places(self.raw_model, args, kwargs, unpacked, {}, rows)
+        return self._model_supports.places(self.raw_model, args, kwargs, unconstrained, {}, rows)
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Site and unconstrained value, the batch of ``latent`` left of all plates."""
-        position = 0
-        for site in self._sites():
-            shape = self._unconstrained_shapes[site["name"]]
-            event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
-            size = math.prod(shape)
-            shape = torch.broadcast_shapes(shape, latent.shape[:-1] + (1,) * event_dim)
-            yield site, latent[..., position : position + size].reshape(shape)
-            position += size
+        """As Pyro's reparametrizers ask: messages and unconstrained values."""
+        for name, u in self.flow_sites.split(latent).items():
+            yield self.prototype_trace.nodes[name], u
 
     def _constrain(
         self, latent: Tensor, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -273,23 +246,16 @@ class AutoFlow(SavedGuide, AutoContinuous):
         """Values of the shared sites at ``latent``, ``(*batch, D)``; each ``(*batch, *site)``."""
         if not self.latent_dim:
             return {}
-        batch, flat = latent.shape[:-1], latent.reshape(-1, self.latent_dim)
+        sites, batch = self.flow_sites, latent.shape[:-1]
+        flat = latent.reshape(-1, self.latent_dim)
         if self._moving:
             with poutine.block():
                 values = self.density(*args, **(kwargs or {})).constrain(flat)
         else:
-            nesting = max(len(s["fn"].batch_shape) for s in self._sites())
+            nesting = max(len(site.batch_shape) for site in sites)
             spread = flat.reshape(len(flat), *(1,) * nesting, self.latent_dim)
-            values = {
-                s["name"]: onto_support(s["fn"].support)(u) for s, u in self._unpack_latent(spread)
-            }
-        return {
-            s["name"]: values[s["name"]].reshape(batch + s["value"].shape) for s in self._sites()
-        }
-
-    def _sites(self) -> list[dict[str, Any]]:
-        """Sites that the flow holds: all but the local ones of subsampled plates."""
-        return [self.prototype_trace.nodes[name] for name in self._shared]
+            values = {n: sites.named[n].bijection()(u) for n, u in sites.split(spread).items()}
+        return {s.name: values[s.name].reshape(batch + s.value_shape) for s in sites}
 
     # ------------------------------------------------------------------------------------------
     # pre-fit
@@ -297,13 +263,26 @@ class AutoFlow(SavedGuide, AutoContinuous):
     def density(self, *args: Any, **kwargs: Any) -> LatentDensity:
         """The model's log-density on the flat vector that this guide's flow describes."""
         self.setup(*args, **kwargs)
+        return self.density_of(self.raw_model, args, kwargs)
+
+    def density_of(self, model: Callable, args: tuple, kwargs: dict[str, Any]) -> LatentDensity:
+        """A model's log-density on the flat vector that this guide's flow describes.
+
+        Raises:
+            ValueError: If the guide's latents are not sites of the model, in the same shapes.
+        """
         if not self.latent_dim:
             raise RuntimeError("AutoFlow: the model has no latents that the flow holds")
-        model, init = self.raw_model, self._init_loc_fn
         centre = self._modules["transport"].loc.clone()
-        return LatentDensity(
-            model, args, kwargs, init_loc_fn=init, names=self._shared, centre=centre
-        )
+        own = {s.name: s.value_shape for s in self.flow_sites}
+        density = self._density(model, args, kwargs, list(own), centre)
+        found = {s.name: s.value_shape for s in density.sites}
+        if list(found.items()) != list(own.items()):
+            raise ValueError(
+                f"the guide was made for another model: it has the latents {own}, and the model "
+                f"has {found}. Make the guide of this model: AutoFlow(model)"
+            )
+        return density
 
     def place(self, found: Gaussian | Mixture) -> None:
         """Start anew from a Gaussian: W and the location become its, A and f the identity.
@@ -347,7 +326,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
         return self._ordered(values)
 
     def _ordered(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: values[name] for name in self._fixed_supports}
+        return {name: values[name] for name in self.sites.named}
 
     def log_prob(self, values: Mapping[str, Tensor] | Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Log-density of the guide at points from anywhere, shape batch.
@@ -365,7 +344,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
         self.setup(*args, **kwargs)
         if isinstance(values, Tensor):
             return self.get_posterior().log_prob(values)
-        missing = [name for name in self._fixed_supports if name not in values]
+        missing = [name for name in self.sites.named if name not in values]
         if missing:
             raise ValueError(
                 f"AutoFlow.log_prob needs a value for every latent site; missing: {missing}"
@@ -393,38 +372,33 @@ class AutoFlow(SavedGuide, AutoContinuous):
         self, values: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The flow's vector ``(*batch, D)`` of values, and log|det| of constraining it."""
-        sites = self._sites()
-        shapes = [tuple(site["value"].shape) for site in sites]
-        for site, shape in zip(sites, shapes, strict=True):
-            got = tuple(values[site["name"]].shape)
-            if got[len(got) - len(shape) :] != shape:
+        sites = self.flow_sites
+        for site in sites:
+            got = tuple(values[site.name].shape)
+            if got[len(got) - len(site.value_shape) :] != site.value_shape:
                 raise ValueError(
-                    f"site '{site['name']}' has shape {shape}; got a value of shape {got}"
+                    f"site '{site.name}' has shape {site.value_shape}; got a value of shape {got}"
                 )
-        name, shape = sites[0]["name"], shapes[0]
-        batch = values[name].shape[: values[name].dim() - len(shape)]
-        flat = {
-            s["name"]: values[s["name"]].reshape(-1, *n)
-            for s, n in zip(sites, shapes, strict=True)
-        }
-        parts = [[origins[name] for name in flat] for origins in self._origins(flat, args, kwargs)]
-        u = torch.cat([torch.cat([part for part, _ in row], -1) for row in parts])
-        log_det = torch.cat([torch.stack([d for _, d in row]).sum(0) for row in parts])
+        first = values[sites[0].name]
+        batch = first.shape[: first.dim() - len(sites[0].value_shape)]
+        flat = {s.name: values[s.name].reshape(-1, *s.value_shape) for s in sites}
+        u, log_det = self._origins(flat, args, kwargs)
         return u.reshape(*batch, -1), log_det.reshape(batch)
 
     def _origins(
         self, flat: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
-    ) -> list[dict[str, tuple[Tensor, Tensor]]]:
-        """Unconstrained values and log-Jacobians at ``(S, *site)``, in one piece or in S."""
+    ) -> tuple[Tensor, Tensor]:
+        """The vectors and log-Jacobians of values ``(S, *site)``, read at once or one by one."""
         if not self._moving:
-            supports = self._fixed_supports
-            return [{n: unplaced(v, supports[n], v.shape[1:]) for n, v in flat.items()}]
+            return self.flow_sites.unconstrain(flat)
         count = max(len(v) for v in flat.values())
         pieces = [flat]
         if count > 1 and not self.density(*args, **kwargs).vectorizes:
             pieces = [{n: v[i : i + 1] for n, v in flat.items()} for i in range(count)]
         read = self._model_supports.origins
-        return [read(self.raw_model, args, kwargs, piece) for piece in pieces]
+        found = [read(self.raw_model, args, kwargs, piece) for piece in pieces]
+        u, log_det = zip(*found, strict=True)
+        return torch.cat(u), torch.cat(log_det)
 
     @torch.no_grad()
     def _deviations(self) -> Tensor:

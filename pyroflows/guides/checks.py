@@ -17,10 +17,11 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
 
-from pyroflows.guides.evaluation import Inverse, is_discrete
 from pyroflows.guides.latent import LatentDensity
+from pyroflows.guides.messages import is_discrete
 from pyroflows.guides.prefit import normal_points
 from pyroflows.guides.routes import preserved
+from pyroflows.guides.substitute import Substitute
 
 __all__ = ["check_run", "finite_start", "model_keywords"]
 
@@ -50,7 +51,7 @@ def check_run(
     """
     with pyro.validation_enabled(True), torch.no_grad(), poutine.block(), preserved():
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        at: Any = poutine.replay(trace=guide_trace) if values is None else Inverse(values)
+        at: Any = poutine.replay(trace=guide_trace) if values is None else Substitute(given=values)
         model_trace = poutine.trace(at(model)).get_trace(*args, **kwargs)
         for name, site in list(model_trace.nodes.items()):
             if is_discrete(site) and name not in guide_trace.nodes:

@@ -10,16 +10,23 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution, Unit
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.distributions import Delta, Unit
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import Independent
 from torch.utils._pytree import tree_leaves
 
 from pyroflows.guides.autoflow import AutoFlow
+from pyroflows.guides.batching import BUDGET
 from pyroflows.guides.checks import model_keywords
-from pyroflows.guides.evaluation import is_circular, is_discrete, likelihoods
-from pyroflows.guides.latent import BUDGET, LatentDensity, plate_nesting
+from pyroflows.guides.enumeration import likelihoods
+from pyroflows.guides.latent import LatentDensity
+from pyroflows.guides.messages import (
+    is_circular,
+    is_computed,
+    is_discrete,
+    is_latent,
+    plate_nesting,
+)
 from pyroflows.guides.routes import largest_tensor
 from pyroflows.guides.rows import WholeDensity
 from pyroflows.guides.saving import SavedGuide
@@ -58,11 +65,11 @@ def guided_sites(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> list[s
     """Names of the continuous latents that a guide draws."""
     if isinstance(guide, AutoFlow):
         guide.setup(*args, **kwargs)
-        return [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
+        return list(guide.sites.named)
     return [
         name
         for name, site in _traced(guide, args, kwargs).nodes.items()
-        if _is_latent(site) and not site["infer"].get("is_auxiliary") and not is_discrete(site)
+        if is_latent(site) and not site["infer"].get("is_auxiliary") and not is_discrete(site)
     ]
 
 
@@ -83,7 +90,7 @@ def posterior_density(
         centre = guide._modules["transport"].loc.clone()
     density = WholeDensity(model, args, kwargs, names=names, centre=centre)
     lacking = {
-        name for name, site in density.trace(density.init_loc).nodes.items() if _is_latent(site)
+        name for name, site in density.trace(density.init_loc).nodes.items() if is_latent(site)
     } - {*names, *density.enumerated}
     if lacking:
         raise ValueError(
@@ -98,10 +105,6 @@ def _traced(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> poutine.Trace:
         trace = poutine.trace(fn).get_trace(*args, **kwargs)
         trace.compute_log_prob()
     return trace
-
-
-def _is_latent(site: Mapping[str, Any]) -> bool:
-    return site["type"] == "sample" and not site_is_subsample(site) and not site["is_observed"]
 
 
 def _rows(value: Tensor, num: int, shape: tuple[int, ...]) -> Tensor:
@@ -156,7 +159,7 @@ class GuideRuns:
         return [
             site
             for name, site in trace.nodes.items()
-            if _is_latent(site) and (name in self.shapes or site["infer"].get("is_auxiliary"))
+            if is_latent(site) and (name in self.shapes or site["infer"].get("is_auxiliary"))
         ]
 
     def _single(self, guide: Callable | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -202,7 +205,7 @@ class GuideRuns:
         """The trace of a single draw; what is computed from others is left to the guide."""
         trace = self.single_trace.copy()
         for name, node in self.single_trace.nodes.items():
-            if not _is_latent(node):
+            if not is_latent(node):
                 continue
             if isinstance(node["fn"], Delta):
                 trace.remove_node(name)
@@ -217,11 +220,8 @@ def _weighed(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Flat latents ``(num, D)``, log p of the sites' values, log p - log q, and the values."""
     if isinstance(guide, AutoFlow):
-        sites = [
-            (name, tuple(site["value"].shape))
-            for name, site in guide.prototype_trace.iter_stochastic_nodes()
-        ]
-        if sites == [(s.name, tuple(s.value_shape)) for s in density.sites]:
+        shapes = [(s.name, s.value_shape) for s in guide.sites]
+        if shapes == [(s.name, s.value_shape) for s in density.sites]:
             posterior = guide.get_posterior(*args, **kwargs)
             u = posterior.sample((num,))
             log_p = density(u)
@@ -246,21 +246,10 @@ def _circular_mean(u: Tensor) -> Tensor:
 
 def flat_values(density: LatentDensity, values: Mapping[str, Tensor]) -> Tensor:
     """Values of all sites side by side, ``(S, sum of sizes)``."""
-    parts = [values[s.name] for s in density.sites]
-    return torch.cat([part.reshape(len(part), -1) for part in parts], -1)
+    return density.sites.of_values().join(values)
 
 
 # ----------------------------------------------------------------------------------- the model
-
-
-def is_computed(site: Mapping[str, Any]) -> bool:
-    """Whether a site holds a value computed from others: deterministic, or reparametrized."""
-    fn = site["fn"]
-    while isinstance(fn, Independent | MaskedDistribution):
-        fn = fn.base_dist
-    return site["is_observed"] and (
-        bool(site["infer"].get("_deterministic")) or isinstance(fn, Delta)
-    )
 
 
 def site_plates(trace: poutine.Trace) -> dict[str, list[tuple[str, int]]]:

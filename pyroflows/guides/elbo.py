@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
 
-from pyroflows.guides.evaluation import is_discrete
+from pyroflows.guides.messages import is_discrete
 from pyroflows.guides.weights import OUTSIDE
 
 __all__ = ["PathGradientELBO"]

@@ -208,7 +208,7 @@ def fit_guide(
         if isinstance(guide, SavedGuide):
             guide.remember(model).setup(*args, **kwargs)
         if isinstance(guide, AutoFlow) and guide.holds_all:
-            density = _density_for(model, guide, args, kwargs)
+            density = guide.density_of(model, args, kwargs)
             _begin(density, guide, prefit_first, options, result)
             _FlowFit(density, guide, options, result).run()
             _tell_failures(density, result)
@@ -222,22 +222,6 @@ def fit_guide(
 
 
 # ---------------------------------------------------------------------------- where it begins
-
-
-def _density_for(
-    model: Callable, guide: AutoFlow, args: tuple, kwargs: dict[str, Any]
-) -> LatentDensity:
-    """The model's density over the latents of the guide, which must be sites of the model."""
-    own = {site["name"]: tuple(site["value"].shape) for site in guide._sites()}
-    init, centre = guide._init_loc_fn, guide._modules["transport"].loc.clone()
-    density = LatentDensity(model, args, kwargs, init_loc_fn=init, names=list(own), centre=centre)
-    found = {s.name: s.value_shape for s in density.sites}
-    if list(found.items()) != list(own.items()):
-        raise ValueError(
-            f"fit_guide: the guide was made for another model: it has the latents {own}, and the "
-            f"model has {found}. Make the guide of this model: AutoFlow(model)"
-        )
-    return density
 
 
 def _begin(

@@ -9,8 +9,7 @@ by the subsample at each step, as in Pyro's ``AutoNormal``, to which it comes do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -18,8 +17,7 @@ import torch
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor, nn
 
-from pyroflows.guides.evaluation import onto_support
-from pyroflows.guides.supports import unplaced
+from pyroflows.guides.sites import Sites
 
 __all__ = ["LocalNormals"]
 
@@ -30,32 +28,30 @@ class LocalNormals(nn.Module):
     """Normals over the unconstrained local latents, given the noise of the global ones.
 
     Args:
-        sites: For each name the latent site and its initial unconstrained value.
+        sites: The sites.
+        start: For each its initial unconstrained value.
         init_scale: Initial standard deviation.
         global_dim: Features of the global noise z; 0 for none.
     """
 
     def __init__(
-        self, sites: dict[str, tuple[dict[str, Any], Tensor]], init_scale: float, global_dim: int
+        self, sites: Sites, start: Mapping[str, Tensor], init_scale: float, global_dim: int
     ) -> None:
         super().__init__()
-        self.sites = {name: site for name, (site, _) in sites.items()}
-        self.event_dims: dict[str, int] = {}
+        self.sites = sites
         self.loc, self.log_scale, self.slope = (nn.ParameterDict() for _ in range(3))
-        for name, (site, u) in sites.items():
-            event_dim = site["fn"].event_dim + u.dim() - site["value"].dim()
-            self.event_dims[name] = event_dim
-            for frame in site["cond_indep_stack"]:
+        for site in sites:
+            u, key = start[site.name], _key(site.name)
+            for frame in site.plates:
                 if frame.full_size is not None and frame.full_size != frame.size:
-                    u = periodic_repeat(u, frame.full_size, frame.dim - event_dim)
-            key = _key(name)
+                    u = periodic_repeat(u, frame.full_size, frame.dim - len(site.base_shape))
             self.loc[key] = nn.Parameter(u.clone())
             self.log_scale[key] = nn.Parameter(torch.full_like(u, math.log(init_scale)))
             if 0 < global_dim * u.numel() <= _COUPLED_UP_TO:
                 self.slope[key] = nn.Parameter(u.new_zeros(*u.shape, global_dim))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
+        return iter(self.sites.named)
 
     def coupled(self, name: str) -> bool:
         """Whether the rows of a site see the globals."""
@@ -69,7 +65,7 @@ class LocalNormals(nn.Module):
             z: Noise of the globals, ``(*batch, D)``, the batch left of all plates; None if the
                 model has no globals.
         """
-        key, event_dim = _key(name), self.event_dims[name]
+        key, event_dim = _key(name), len(self.sites.named[name].base_shape)
         loc = pyro.subsample(self.loc[key], event_dim=event_dim)
         scale = pyro.subsample(self.log_scale[key], event_dim=event_dim).exp()
         if z is not None and self.coupled(name):
@@ -86,17 +82,17 @@ class LocalNormals(nn.Module):
     def log_prob(self, name: str, value: Tensor, z: Tensor | None) -> Tensor:
         """Log-density of values of all rows, ``(*batch, *site)``, at noise ``z``."""
         rows = self.posterior(name, self._beside(name, z))
-        loc = self.loc[_key(name)]
+        site, loc = self.sites.named[name], self.loc[_key(name)]
         shape = self._value(name, loc).shape
         if value.shape[value.dim() - len(shape) :] != shape:
             raise ValueError(
                 f"site '{name}' has shape {tuple(shape)} over all rows of its plates; got a value "
                 f"of shape {tuple(value.shape)}"
             )
-        u, log_det = unplaced(value, self.sites[name]["fn"].support, shape)
+        u, log_det = site.unconstrain(value)
         batch = value.shape[: value.dim() - len(shape)]
         log_prob = rows.log_prob(u.reshape(batch + loc.shape))
-        return log_prob.reshape(*batch, -1).sum(-1) - log_det
+        return log_prob.reshape(*batch, -1).sum(-1) - log_det.reshape(*batch, -1).sum(-1)
 
     def quantiles(self, name: str, levels: Tensor) -> Tensor:
         """Quantiles of all rows, the globals integrated out: exact, since z is normal."""
@@ -109,11 +105,11 @@ class LocalNormals(nn.Module):
 
     def _beside(self, name: str, z: Tensor | None) -> Tensor | None:
         """``z``, ``(*batch, D)``, with its batch left of the site's plates."""
-        plates = len(self.sites[name]["fn"].batch_shape)
+        plates = len(self.sites.named[name].batch_shape)
         return None if z is None else z.reshape(z.shape[:-1] + (1,) * plates + z.shape[-1:])
 
     def _value(self, name: str, u: Tensor) -> Tensor:
-        return onto_support(self.sites[name]["fn"].support)(u)
+        return self.sites.named[name].bijection()(u)
 
 
 def _key(name: str) -> str:

@@ -16,9 +16,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyroflows.guides.evaluation import Evaluation
-from pyroflows.guides.latent import BUDGET, LatentDensity
+from pyroflows.guides.batching import BUDGET
+from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.routes import operations, preserved, seeded
+from pyroflows.guides.substitute import Substitute
 
 __all__ = ["NotJudged", "Subsampled", "WholeDensity", "subsampled_plates"]
 
@@ -208,7 +209,7 @@ class WholeDensity(LatentDensity):
                     f"{plate.size}: give diagnose all of them"
                 )
 
-    def evaluate(self, u: Tensor) -> Evaluation:
+    def evaluate(self, u: Tensor) -> Substitute:
         """As in :class:`LatentDensity`, with all rows."""
         if not self.plates:
             return super().evaluate(u)

@@ -21,17 +21,20 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pyroflows.guides.evaluation import bijection_of
-from pyroflows.guides.latent import LatentDensity, init_where_possible
+from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.routes import preserved
-from pyroflows.guides.supports import (
-    ModelSupports,
-    moving_supports,
-    outside_of_plates,
+from pyroflows.guides.sites import (
+    Site,
+    Sites,
+    bijection_of,
+    detached,
+    init_where_possible,
     teach_divergence,
 )
+from pyroflows.guides.substitute import outside_of_plates
+from pyroflows.guides.supports import ModelSupports, moving_supports
 
-__all__ = ["SavedGuide", "is_subsampled"]
+__all__ = ["SavedGuide"]
 
 
 class SavedGuide(AutoGuide):
@@ -173,17 +176,44 @@ class SavedGuide(AutoGuide):
                     f"{fn.support}: {value.flatten()[:5].tolist()}"
                 )
 
-    def _find_moving(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
+    @property
+    def sites(self) -> Sites:
+        """The layout of all latents, as the model was first seen."""
+        return self._layout("all", lambda: Sites.of(self.prototype_trace))
+
+    def _layout(self, which: str, make: Callable[[], Sites]) -> Sites:
+        """A layout that is read off the prototype, once for each."""
+        trace = self.prototype_trace
+        known = self.__dict__.get("_layouts")
+        if known is None or known[0] is not trace:
+            known = self.__dict__["_layouts"] = (trace, dict[str, Sites]())
+        if which not in known[1]:
+            known[1][which] = make()
+        return known[1][which]
+
+    def _find_moving(self, sites: Sites, args: tuple, kwargs: dict[str, Any]) -> None:
         """Which of these sites have supports that depend on others, and how to read them."""
         self._moving: frozenset[str] = frozenset()
-        sites = dict(self.prototype_trace.iter_stochastic_nodes())
-        if sites:
-            model, init = self.raw_model, self._init_loc_fn
-            density = LatentDensity(model, args, kwargs, init_loc_fn=init, names=list(sites))
-            self._moving = moving_supports(density, {n: sites[n] for n in names})
-            self._model_supports = ModelSupports(
-                _light(self.prototype_trace).nodes, density.nesting
-            )
+        if self.sites:
+            density = self._density(self.raw_model, args, kwargs, list(self.sites.named))
+            self._moving = moving_supports(density, sites)
+            self._nesting = density.nesting
+
+    def _density(
+        self,
+        model: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        names: list[str],
+        centre: Tensor | None = None,
+    ) -> LatentDensity:
+        """The model's log-density over these latents."""
+        init = self._init_loc_fn
+        return LatentDensity(model, args, kwargs, init_loc_fn=init, names=names, centre=centre)
+
+    @property
+    def _model_supports(self) -> ModelSupports:
+        return ModelSupports(self.sites, self._nesting)
 
     # ------------------------------------------------------------------------------------------
     # plates
@@ -191,7 +221,7 @@ class SavedGuide(AutoGuide):
     @property
     def _follows_plates(self) -> bool:
         """Whether sizes and rows of the model's plates may change from call to call."""
-        return any(is_subsampled(s) for _, s in self.prototype_trace.iter_stochastic_nodes())
+        return any(site.subsampled for site in self.sites)
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
         """Plates of the sizes, and of the subsamples, that the model has at these arguments.
@@ -274,7 +304,7 @@ class SavedGuide(AutoGuide):
     def __setstate__(self, state: dict[str, Any]) -> None:
         teach_divergence()
         reference = state.get("_raw_model")
-        super().__setstate__({**state, "_raw_model": None})
+        super().__setstate__({**_renewed(state), "_raw_model": None})
         model = reference.find() if isinstance(reference, _Reference) else None
         if model is not None:
             self.attach(model)
@@ -295,7 +325,8 @@ class SavedGuide(AutoGuide):
             master=None,
             prototype_trace=None if trace is None else _light(trace),
         )
-        state.pop("plates", None)
+        for memory in ("plates", "_layouts"):
+            state.pop(memory, None)
         return state
 
     def _portable(self, name: str, thing: Any) -> Any:
@@ -329,10 +360,8 @@ class SavedGuide(AutoGuide):
 
         Without the rows of plates where these change.
         """
-        sites = [
-            [name, list(site["fn"].event_shape if self._follows_plates else site["value"].shape)]
-            for name, site in self.prototype_trace.iter_stochastic_nodes()
-        ]
+        changing = self._follows_plates
+        sites = [[s.name, list(s.event_shape if changing else s.value_shape)] for s in self.sites]
         return torch.tensor(list(json.dumps(sites).encode()), dtype=torch.uint8)
 
     def _check_sites(self, found: Tensor) -> None:
@@ -363,11 +392,6 @@ class SavedGuide(AutoGuide):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         if key in missing:  # a state from before there were names
             missing.remove(key)
-
-
-def is_subsampled(site: Mapping[str, Any]) -> bool:
-    """Whether the site lies in a plate of which the model sees a part at a time."""
-    return any(f.full_size is not None and f.full_size != f.size for f in site["cond_indep_stack"])
 
 
 class _Plate:
@@ -435,26 +459,27 @@ class _Lost:
         )
 
 
+def _renewed(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a guide as it is now, of one that was pickled before there were layouts."""
+    supports = state.get("_model_supports")
+    local = state["_modules"].get("local")
+    if local is not None and not isinstance(local.sites, Sites):
+        local.sites = Sites(Site.of(message) for message in local.sites.values())
+    if supports is not None:
+        state = {**state, "_nesting": supports.nesting}
+    gone = ("_model_supports", "local_sites")
+    return {name: value for name, value in state.items() if name not in gone}
+
+
 def _light(trace: poutine.Trace) -> poutine.Trace:
     """The latent sites of a trace: their values, supports and shapes; no data, no graph."""
     light = poutine.Trace()
     for name, site in trace.iter_stochastic_nodes():
         fn = site["fn"]
-        kept = dist.ImproperUniform(_detached(fn.support), fn.batch_shape, fn.event_shape)
+        kept = dist.ImproperUniform(detached(fn.support), fn.batch_shape, fn.event_shape)
         value = site["value"].detach().clone()
         light.add_node(name, **{**site, "fn": kept, "value": value, "args": (), "kwargs": {}})
     return light
-
-
-def _detached(support: Any) -> Any:
-    """A constraint whose bounds have no graph."""
-    copied = copy.copy(support)
-    for name, value in vars(support).items():
-        if isinstance(value, Tensor):
-            vars(copied)[name] = value.detach()
-        elif hasattr(value, "check"):
-            vars(copied)[name] = _detached(value)
-    return copied
 
 
 def _shapes(thing: Any) -> Any:

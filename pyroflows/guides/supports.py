@@ -1,106 +1,21 @@
-"""Supports of latent sites: where they are read, and guide sites that are placed on them."""
+"""Supports of latent sites that depend on other sites: which do, and where to read them."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
-from pyro.poutine.runtime import _DIM_ALLOCATOR
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import register_kl
 
-from pyroflows.guides.evaluation import onto_support
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import normal_points
+from pyroflows.guides.sites import Placed, Site, Sites
+from pyroflows.guides.substitute import Substitute, outside_of_plates
 
-__all__ = [
-    "ModelSupports",
-    "Placed",
-    "fixed_rows",
-    "moving_supports",
-    "outside_of_plates",
-    "placed",
-    "teach_divergence",
-    "unplaced",
-]
-
-
-class Placed(dist.Delta):
-    """A value on its support, with minus the log-Jacobian that brought it there as density."""
-
-
-@functools.cache
-def teach_divergence() -> None:
-    """Tell PyTorch the divergence of a :class:`Placed`; at the first guide, not at import.
-
-    The one that Pyro knows for a ``Delta`` leaves its density out, and
-    :class:`~pyro.infer.TraceMeanField_ELBO` with it every Jacobian.
-    """
-
-    @register_kl(Placed, torch.distributions.Distribution)
-    def _(p: Placed, q: torch.distributions.Distribution) -> Tensor:
-        return p.log_density - q.log_prob(p.v)
-
-
-def placed(u: Tensor, support: Any, event_dim: int) -> Placed:
-    """A guide site at the image of ``u``, ``(*batch, *unconstrained event)``, on a support."""
-    transform = onto_support(support)
-    value = transform(u)
-    log_density = value.new_zeros(value.shape[: value.dim() - event_dim])
-    if poutine.get_mask() is not False:
-        log_det = transform.log_abs_det_jacobian(u, value)
-        log_density = -sum_rightmost(log_det, log_det.dim() - value.dim() + event_dim)
-    return Placed(value, log_density, event_dim, validate_args=False)
-
-
-def unplaced(value: Tensor, support: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Where a value ``(*batch, *shape)`` is from: flat u ``(*batch, n)``, and log|det dx/du|."""
-    transform = onto_support(support)
-    batch = value.shape[: value.dim() - len(shape)]
-    u = transform.inv(value)
-    log_det = transform.log_abs_det_jacobian(u, value)
-    return u.reshape(*batch, -1), log_det.reshape(*batch, -1).sum(-1)
-
-
-class _Places(poutine.messenger.Messenger):
-    """Give latents their values while the model runs, and remember where they lie."""
-
-    def __init__(
-        self,
-        unconstrained: Mapping[str, Tensor],
-        values: Mapping[str, Tensor],
-        rows: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__()
-        self.unconstrained, self.values, self.rows = unconstrained, values, rows
-        self.places: dict[str, Placed] = {}
-        self.supports: dict[str, Any] = {}
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        name, fn = msg["name"], msg["fn"]
-        if site_is_subsample(msg):
-            if name in self.rows:
-                msg["value"] = self.rows[name]
-        elif msg["is_observed"]:
-            return
-        elif name in self.unconstrained:
-            self.places[name] = placed(self.unconstrained[name], fn.support, fn.event_dim)
-            msg["value"] = self.places[name].v
-        elif name in self.values:
-            msg["value"], self.supports[name] = self.values[name], fn.support
-
-
-def fixed_rows(rows: Mapping[str, Tensor]) -> poutine.messenger.Messenger:
-    """A handler under which plates take these rows."""
-    return _Places({}, {}, rows)
+__all__ = ["ModelSupports", "moving_supports"]
 
 
 class ModelSupports:
@@ -110,21 +25,19 @@ class ModelSupports:
     guide has for it.
 
     Args:
-        sites: The latent sites, as the prototype has them.
+        sites: The latent sites.
         nesting: Plate dimensions of the model.
     """
 
-    def __init__(self, sites: Mapping[str, dict[str, Any]], nesting: int) -> None:
-        self.sites, self.nesting = dict(sites), nesting
+    def __init__(self, sites: Sites, nesting: int) -> None:
+        self.sites, self.nesting = sites, nesting
 
-    def _spread(self, name: str, value: Tensor, more: int, size: int) -> Tensor:
+    def _spread(self, site: Site, value: Tensor, dim: int, size: int) -> Tensor:
         """``(*lead, *own)`` as ``(S, *ones, *own)``, or as ``own`` if nothing has a batch."""
-        site = self.sites[name]
-        dim = site["value"].dim() + more
-        lead, own = value.shape[: value.dim() - dim], value.shape[value.dim() - dim :]
+        lead, own = _parted(value, dim)
         if size == 1:
             return value.reshape(own)
-        ones = (1,) * (self.nesting - len(site["fn"].batch_shape))
+        ones = (1,) * (self.nesting - len(site.batch_shape))
         return value.reshape((math.prod(lead), *ones, *own))
 
     def places(
@@ -146,71 +59,53 @@ class ModelSupports:
             values: Constrained values of others.
             rows: For each plate the rows to take.
         """
-        more = {n: self._more(n, u) for n, u in unconstrained.items()}
-        both = [(n, u, more[n]) for n, u in unconstrained.items()]
-        both += [(n, v, 0) for n, v in values.items()]
-        size = max(
-            math.prod(v.shape[: v.dim() - self.sites[n]["value"].dim() - m]) for n, v, m in both
-        )
-        run = _Places(
-            {n: self._spread(n, u, more[n], size) for n, u in unconstrained.items()},
-            {n: self._spread(n, v, 0, size) for n, v in values.items()},
-            rows,
+        sites = self.sites.named
+        latents = [(sites[n], u, len(sites[n].shape)) for n, u in unconstrained.items()]
+        given = [(sites[n], v, len(sites[n].value_shape)) for n, v in values.items()]
+        size = max(math.prod(_parted(v, dim)[0]) for _, v, dim in latents + given)
+        run = Substitute(
+            {s.name: self._spread(s, u, dim, size) for s, u, dim in latents},
+            {s.name: self._spread(s, v, dim, size) for s, v, dim in given},
+            rows=rows,
         )
         with outside_of_plates(), poutine.block(), run:
             model(*args, **kwargs)
-        return {n: self._as(run.places[n], n, u, more[n]) for n, u in unconstrained.items()}
-
-    def _more(self, name: str, u: Tensor) -> int:
-        """Dimensions that the unconstrained event has more than the constrained one."""
-        site = self.sites[name]
-        return (
-            len(onto_support(site["fn"].support).inverse_shape(site["value"].shape))
-            - site["value"].dim()
-        )
-
-    def _as(self, place: Placed, name: str, u: Tensor, more: int) -> Placed:
-        dim, event_dim = self.sites[name]["value"].dim(), self.sites[name]["fn"].event_dim
-        lead = u.shape[: u.dim() - dim - more]
-        value = place.v.reshape(lead + place.v.shape[place.v.dim() - dim :])
-        log_density = place.log_density.reshape(value.shape[: value.dim() - event_dim])
-        return Placed(value, log_density, event_dim, validate_args=False)
+        placed = {}
+        for site, u, dim in latents:
+            own = _parted(run.values[site.name], len(site.value_shape))[1]
+            value = run.values[site.name].reshape(_parted(u, dim)[0] + own)
+            batch = value.shape[: value.dim() - site.event_dim]
+            placed[site.name] = site.placed(value, run.log_dets[site.name].reshape(batch))
+        return placed
 
     def origins(
         self, model: Callable, args: tuple, kwargs: dict[str, Any], values: Mapping[str, Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Flat u ``(S, n)`` and log|det dx/du| ``(S,)`` of values ``(S, *site)``."""
+    ) -> tuple[Tensor, Tensor]:
+        """Flat u ``(S, D)`` and log|det dx/du|, ``(S,)``, of values ``(S, *site)``."""
+        sites = [self.sites.named[name] for name in values]
         size = max(len(v) for v in values.values())
-        spread = {n: self._spread(n, v, 0, size) for n, v in values.items()}
-        run = _Places({}, spread, {})
+        spread = {s.name: self._spread(s, values[s.name], len(s.value_shape), size) for s in sites}
+        run = Substitute(given=spread)
         with outside_of_plates(), poutine.block(), poutine.mask(mask=False), run:
             model(*args, **kwargs)
-        found = {}
-        for name, value in spread.items():
-            shape = values[name].shape[1:]
-            u, log_det = unplaced(value, run.supports[name], shape)
-            found[name] = u.reshape(size, -1), log_det.reshape(size)
-        return found
+        found = [s.unconstrain(spread[s.name], run.supports[s.name]) for s in sites]
+        u = torch.cat([u.reshape(size, -1) for u, _ in found], -1)
+        return u, torch.stack([d.reshape(size, -1).sum(-1) for _, d in found]).sum(0)
 
 
-@contextmanager
-def outside_of_plates() -> Iterator[None]:
-    """The model finds for its plates the dimensions that it has by itself."""
-    taken, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
-    try:
-        yield
-    finally:
-        _DIM_ALLOCATOR._stack = taken
+def _parted(value: Tensor, dim: int) -> tuple[torch.Size, torch.Size]:
+    """The shape of what lies left of the last ``dim`` axes, and theirs."""
+    return value.shape[: value.dim() - dim], value.shape[value.dim() - dim :]
 
 
-def moving_supports(density: LatentDensity, sites: Mapping[str, Any]) -> frozenset[str]:
+def moving_supports(density: LatentDensity, sites: Sites) -> frozenset[str]:
     """Names of the sites whose supports depend on other sites."""
-    if not any(_bounds(site["fn"].support) for site in sites.values()):
+    if not any(_bounds(site.support) for site in sites):
         return frozenset()
     step = normal_points(1, density.dim, like=density.init_loc, seed=5)[0]
     with torch.no_grad(), poutine.block():
         there, here = (density.evaluate(density.init_loc + s * step).supports for s in (1, -1))
-    return frozenset(n for n in sites if n in there and _differ(there[n], here[n]))
+    return frozenset(n for n in sites.named if n in there and _differ(there[n], here[n]))
 
 
 def _bounds(support: Any) -> list[Tensor]:
