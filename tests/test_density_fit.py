@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from pyroflows.density import DensityEstimator, training
+from pyroflows.density import DensityEstimator
 from pyroflows.density.columns import moments, repeated
 from pyroflows.density.mixtures import MixedMixture
+from pyroflows.density.training import BestColumns
 from pyroflows.training.budget import Budget
 
 QUICK = dict(max_steps=40, members=2, hidden_dim=16, random_state=0)
@@ -179,17 +180,17 @@ def test_an_interrupted_fit_keeps_its_best_state():
     frame = small()
     calls = []
 
-    check = training._Keeper.check
+    offer = BestColumns.offer
 
-    def interrupt(keeper, average):
-        out = check(keeper, average)
+    def interrupt(best):
+        out = offer(best)
         calls.append(out)
         if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Keeper, "check", interrupt)
+        patch.setattr(BestColumns, "offer", interrupt)
         with pytest.warns(UserWarning, match=r"interrupted after \d+ of 200 steps"):
             model = DensityEstimator(**{**QUICK, "max_steps": 200}).fit(frame)
     assert len(calls) == 5 and len(model.history_) < 5

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.density.columns import LabelCells, NumberCells, cells_for
-from pyroflows.density.engine import Fit, Settings, TrainingTable
-from pyroflows.density.mixtures import MixedMixture
+from pyroflows.density.engine import Fit, Settings, Shards, TrainingTable
 from pyroflows.density.model import TableModel
-from pyroflows.density.parallel import wrapped
-from pyroflows.density.reads import choose_reads
-from pyroflows.density.training import (
-    column_scores,
-    default_settings,
-    fit_mixture,
-    mixture_views,
-    plan,
-    stack,
-    start_rare,
-    train,
-)
+from pyroflows.density.rare import start_rare
+from pyroflows.density.reads import WIDE, choose_reads
+from pyroflows.density.simple import blend_weights, fit_simple
+from pyroflows.density.training import HeldOut, Plan, column_scores, train
 from pyroflows.training.budget import Budget
 from pyroflows.training.parallel import rank_and_world
 
@@ -37,54 +30,35 @@ def fit_mixed(
     table: TrainingTable, settings: Settings, budget: Budget, generator: torch.Generator
 ) -> tuple[TableModel, Fit]:
     """Cells, simple models, networks, and the weights that held-out rows give to them."""
-    values, weight = table.values, table.weight
     device = settings.device_for(table.size)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(generator.initial_seed())
+    with _seeded(generator, device):
         model = new_model(table, settings, budget)
         fold = folds(len(table), table.size, model.members, generator)
-        held = (fold >= 0).nonzero()[:, 0]
         begun = budget.seconds()
-        valid = model.encode(values[held])
+        held = held_out(model, table.values, table.weight, fold)
         reserve = 4 * (budget.seconds() - begun)
-        start_rare(model, values[:20000], weight[:20000], budget)
+        start_rare(model, table.values[:20000], table.weight[:20000], budget)
         simple = fit_simple(model, table, fold, generator, budget)
         model = model.to(device)
-        steps = plan(
-            model,
-            table.size,
-            batch_size=settings.batch_size,
-            seconds=budget.limit,
-            steps=settings.max_steps,
-        )
-        rank, world = rank_and_world()
-        bar = progress_bar(settings.progress and rank == 0, steps["steps"])
         begun = budget.seconds()
-        first = column_scores(model, valid).sum(1).mean(0)
-        reserve += 3 * (budget.seconds() - begun)  # stacking and thresholds
-        start = float(_mean(first, weight[held])) if len(held) else math.nan
+        start = held.mean(column_scores(model, held.rows).sum(1).mean(0))
+        reserve += 3 * (budget.seconds() - begun)  # blending and thresholds
         history = train(
             model,
             table.shards or shards_in_memory(table, fold, generator),
-            valid,
-            fold[held],
-            weight[held],
+            held,
+            plan(model, table.size, settings, budget.limit),
             rows=table.size,
             lr=settings.learning_rate,
             budget=budget,
             reserve=min(reserve, 0.4 * budget.limit),
-            checks=24 if model.reads is None else min(24, 1 + steps["steps"] // 12),
             generator=generator,
-            report=bar,
-            wrap=wrapped,
-            **{**steps, "batch_size": max(1, steps["batch_size"] // world)},
+            progress=settings.progress and rank_and_world()[0] == 0,
         )
-        bar(None)
         model.eval()
         if simple:
-            *parts, whole = simple
-            model.set_mixture(whole, stack(model, valid, fold[held], weight[held], parts))
-    return model, Fit([dict(step=0, epoch=0.0, valid=start), *history], held)
+            model.set_mixture(simple.pop(), blend_weights(model, held, simple))
+    return model, Fit([dict(step=0, epoch=0.0, valid=start), *history], held_rows(fold))
 
 
 def fit_more(
@@ -97,33 +71,47 @@ def fit_more(
     """Train the networks of a fitted model on other rows."""
     n, values, weight = len(table), table.values, table.weight / table.weight.mean()
     fold = folds(n, n, model.members, generator)
-    held = (fold >= 0).nonzero()[:, 0]
-    steps = plan(
-        model, n, batch_size=settings.batch_size, seconds=budget.limit, steps=settings.max_steps
-    )
-    steps["wanted"] = min(steps["wanted"], max(20, 5 * n // steps["batch_size"]))
-    steps["steps"] = min(steps["steps"], steps["wanted"])
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(generator.initial_seed())
+    sizes = plan(model, n, settings, budget.limit)
+    wanted = min(sizes.wanted, max(20, 5 * n // sizes.batch_size))
+    with _seeded(generator, model.device):
         history = train(
             model,
             lambda: iter([(values, weight, fold)]),
-            model.encode(values[held]),
-            fold[held],
-            weight[held],
+            held_out(model, values, weight, fold),
+            dataclasses.replace(sizes, wanted=wanted, steps=min(sizes.steps, wanted)),
             rows=n,
             lr=settings.learning_rate / 3,
             budget=budget,
             generator=generator,
-            wanted=steps["wanted"],
-            steps=steps["steps"],
-            batch_size=steps["batch_size"],
         )
     model.eval()
-    return Fit(history, held)
+    return Fit(history, held_rows(fold))
+
+
+@contextmanager
+def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Run torch under the generator's seed, and give its random states back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(generator.initial_seed())
+        yield
 
 
 # ---------------------------------------------------------------------- stages
+
+
+def default_sizes(n: int, columns: int) -> dict[str, Any]:
+    """Networks for a table of n rows: small tables get many small, strongly regularized ones.
+
+    Wide tables get fewer, so that there is time to train them.
+    """
+    narrow = columns <= WIDE
+    if n < 2000:
+        return dict(members=8 if narrow else 2, hidden_dim=32, components=3, dropout=0.2)
+    if n < 8000:
+        return dict(members=4 if narrow else 2, hidden_dim=64, components=6, dropout=0.2)
+    if n < 25000:
+        return dict(members=2, hidden_dim=128, components=8, dropout=0.1)
+    return dict(members=1, hidden_dim=128, components=8, dropout=0.0)
 
 
 def new_model(table: TrainingTable, settings: Settings, budget: Budget) -> TableModel:
@@ -132,7 +120,7 @@ def new_model(table: TrainingTable, settings: Settings, budget: Budget) -> Table
     targets = [j for j in range(len(columns)) if j not in given]
     order = [*given, *sorted(targets, key=lambda j: columns[j].missing)]
     own = dict(members=settings.members, hidden_dim=settings.hidden_dim)
-    sizes = default_settings(table.size, len(targets))
+    sizes = default_sizes(table.size, len(targets))
     sizes |= {k: v for k, v in own.items() if v is not None}
     cells = fit_cells(table, order, budget)
     read = 32 if table.size < 8000 else 64
@@ -167,49 +155,51 @@ def folds(n: int, size: int, members: int, generator: torch.Generator) -> Tensor
     return fold
 
 
-def fit_simple(
-    model: TableModel,
-    table: TrainingTable,
-    fold: Tensor,
-    generator: torch.Generator,
-    budget: Budget,
-) -> list[MixedMixture]:
-    """One simple model per fold, of at most 6,000 rows, then the one to use; [] if large.
+def held_rows(fold: Tensor) -> Tensor:
+    """Numbers of the rows that some member does not train on."""
+    return (fold >= 0).nonzero()[:, 0]
 
-    That one is their union; for a wide table it is a single one of all rows, so that its
-    state of a row, squared in the columns, is held once.
+
+def held_out(model: TableModel, values: Tensor, weight: Tensor, fold: Tensor) -> HeldOut:
+    """Those rows, encoded."""
+    at = held_rows(fold)
+    return HeldOut(model.encode(values[at]), fold[at], weight[at])
+
+
+def plan(model: TableModel, n: int, settings: Settings, seconds: float) -> Plan:
+    """Batch size and optimizer steps for n rows: what fits the time on one core of 2020.
+
+    The plan depends on sizes alone, so that a seed gives one result; the clock cuts it short only
+    on slower machines.
     """
-    if table.size > 20000:
-        return []
-    out: list[MixedMixture] = []
-    numbers, labels = mixture_views(model, table.values)
-    last = model.members if model.reads is None else model.members + 1
-    for m in range(last):
-        if budget.over(0.5):
-            budget.tell("left out the simple model")
-            return []
-        rows = (fold != m).nonzero()[:, 0]
-        if len(rows) > 6000:
-            rows = rows[torch.randperm(len(rows), generator=generator)[:6000]]
-        if len(rows):
-            out.append(
-                fit_mixture(
-                    model,
-                    numbers[rows],
-                    labels[rows],
-                    table.weight[rows],
-                    generator,
-                    seconds=0.15 * budget.limit / model.members,
-                )
-            )
-    if len(out) < last:
-        return []
-    return out if last > model.members else [*out, MixedMixture.union(out)]
+    few = 1000 if model.reads is None else 4000
+    batch = settings.batch_size or (64 if n < few else 256 if n < 15000 else 1024)
+    batch = min(batch, n)
+    passes = 60 if n >= 15000 else 100
+    wanted = max(150, min(passes * n // batch, 3000)) if n >= 100 else 100
+    wanted = min(wanted, settings.max_steps or wanted)
+    affordable = max(20, int(0.9 * min(seconds, 1e9) / _seconds_per_step(model, batch)))
+    steps = min(wanted, affordable)
+    checks = 24 if model.reads is None else min(24, 1 + steps // 12)
+    return Plan(max(1, batch // rank_and_world()[1]), steps, wanted, checks)
 
 
-def shards_in_memory(
-    table: TrainingTable, fold: Tensor, generator: torch.Generator
-) -> Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]:
+def _seconds_per_step(model: TableModel, batch: int) -> float:
+    """What one step takes, about."""
+    width = model.config["hidden_dim"]
+    outputs = sum(
+        s * (p + 3 * model.config["components"])
+        for s, p in zip(model.sizes, model.bins, strict=True)
+    )
+    targets = len(model.targets) * (0.8 + 1.2e-4 * width * width)
+    cost, fixed = 1e-6 * model.members * (outputs * 0.03 + targets), 5e-3
+    if model.reads is not None:
+        weights = sum(p.numel() for p in model.nets.parameters())
+        cost, fixed = cost + 3e-10 * weights, fixed + 1e-8 * weights
+    return cost * batch + fixed
+
+
+def shards_in_memory(table: TrainingTable, fold: Tensor, generator: torch.Generator) -> Shards:
     """This process's share of the rows; in random portions where they are many."""
     n, (rank, world) = len(table), rank_and_world()
     mine = torch.arange(n)[rank : world * (n // world) if n >= world else None : world]
@@ -225,26 +215,3 @@ def shards_in_memory(
             yield tuple(part[i] for part in whole)  # type: ignore[misc]
 
     return shards
-
-
-def _mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over the last axis."""
-    return (x * weight).sum(-1) / weight.sum().clamp_min(1e-300)
-
-
-def progress_bar(show: bool, steps: int) -> Callable[[dict[str, float] | None], None]:
-    """A callback for history entries; None closes the bar."""
-    if not show:
-        return lambda entry: None
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=steps, unit="step")
-
-    def report(entry: dict[str, float] | None) -> None:
-        if entry is None:
-            bar.close()
-            return
-        bar.update(int(entry["step"]) - bar.n)
-        bar.set_postfix_str(f"held-out {entry['valid']:.3f} nats")
-
-    return report
