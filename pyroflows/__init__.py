@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import Any
 
 from pyroflows import bases, families, transforms
-from pyroflows.bijection import Bijection, Compose, Inverse, as_bijection
+from pyroflows.bijection import Bijection, Inverse
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.divergence import entropy, kl_divergence
 from pyroflows.flow import Flow
 from pyroflows.recipes import glow, glow_step, iaf, maf, neural_spline, nice, realnvp

@@ -13,7 +13,9 @@ from torch.distributions import Distribution, Transform, VonMises, constraints
 
 from pyroflows import store, univariate
 from pyroflows.bases import Base, as_base, temper
-from pyroflows.bijection import Bijection, Compose, as_bijection, check_context
+from pyroflows.bijection import Bijection
+from pyroflows.checks import check_context
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.divergence import entropy, kl_divergence, register_kl_of
 from pyroflows.substitution import draws_of, has_draws, substituted
 from pyroflows.supports import Bounds, is_real, over

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyroflows.bijection import Bijection, Compose
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose
 from pyroflows.flow import Flow
 from pyroflows.transforms.autoregressive import affine_autoregressive, spline_autoregressive
 from pyroflows.transforms.coupling import (

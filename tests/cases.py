@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import pyroflows.transforms as T
-from pyroflows.bijection import Bijection, Compose
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose
 from pyroflows.conditioners import Columns
 from pyroflows.families import CDF, LogisticMixture
 from pyroflows.scalar import Affine, Chain, PerFeature, Shift

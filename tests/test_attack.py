@@ -13,7 +13,7 @@ from torch.distributions import AffineTransform, ComposeTransform, IndependentTr
 
 import pyroflows as pf
 import pyroflows.transforms as T
-from pyroflows.bijection import Compose, as_bijection
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.flow import Flow
 from pyroflows.training import fit
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import disturb
 
 import pyroflows.transforms as T
-from pyroflows.bijection import Compose
+from pyroflows.compose import Compose
 from pyroflows.conditioners import Conv
 from pyroflows.dequantization import UniformDequantized
 from pyroflows.flow import Flow

@@ -1,5 +1,6 @@
 """Importing pyroflows is cheap and changes nothing in the packages around it."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -71,3 +72,20 @@ def test_import_loads_nothing_heavy_and_changes_nothing(modules):
     seen = probe(*modules)
     assert seen["changed"] == []
     assert HEAVY.isdisjoint(seen["loaded"])
+
+
+OLD_PLACES = {
+    "pyroflows.bijection": {"Compose", "as_bijection", "check_context"},
+    "pyroflows.guides.transport": {"Chain"},
+    "pyroflows.transforms.linear": {"iterated"},
+}
+
+
+@pytest.mark.parametrize("module", OLD_PLACES)
+def test_old_places_still_serve(module):
+    old = importlib.import_module(module)
+    for name in OLD_PLACES[module]:
+        found = getattr(old, name)
+        assert found is getattr(sys.modules[found.__module__], name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = old.nothing

@@ -12,7 +12,8 @@ from test_transforms import each_kind, standard_normal
 from torch.distributions import ComposeTransform
 
 import pyroflows.transforms as T
-from pyroflows.bijection import Bijection, as_bijection
+from pyroflows.bijection import Bijection
+from pyroflows.compose import as_bijection
 from pyroflows.dequantization import UniformDequantized
 from pyroflows.splines import RationalQuadratic
 

@@ -10,7 +10,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions import transforms as stock
 
 from pyroflows import transforms as T
-from pyroflows.bijection import Compose, as_bijection
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.flow import Flow
 
 INF = math.inf

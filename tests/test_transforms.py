@@ -15,7 +15,8 @@ from pyro.distributions.conditional import ConditionalTransform, ConditionalTran
 from pyro.distributions.torch_transform import TransformModule
 from pyro.infer import SVI, Trace_ELBO
 
-from pyroflows.bijection import Bijection, Compose, as_bijection
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.conditioners import Columns, ColumnsPass, Conv, Dense, Masked, SequentialPass
 
 BATCHES = [(), (3,), (2, 3), (0,)]

@@ -16,7 +16,8 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyroflows import store
-from pyroflows.bijection import Bijection, Compose, as_bijection
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.conditioners import Dense, Free
 from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.saving import SavedGuide

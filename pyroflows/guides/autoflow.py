@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyroflows import store
-from pyroflows.bijection import Bijection, Compose, as_bijection
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.local import LocalNormals
 from pyroflows.guides.mixture import Mixture, MixtureNoise

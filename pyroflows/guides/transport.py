@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyroflows.bijection import Bijection, Compose
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose
 from pyroflows.conditioners import Dense, Free
 from pyroflows.guides.mixture import Mixture
 from pyroflows.scalar import Affine, Chain

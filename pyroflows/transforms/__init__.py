@@ -9,7 +9,8 @@ from typing import Any
 
 import pyro.distributions.transforms as _stock
 
-from pyroflows.bijection import Bijection, Compose, Inverse, as_bijection
+from pyroflows.bijection import Bijection, Inverse
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.transforms.autoregressive import (
     Autoregressive,
     affine_autoregressive,

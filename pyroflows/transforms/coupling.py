@@ -128,12 +128,6 @@ class Coupling(Bijection):
         log_det = log_slope.flatten(self.dim).sum(-1) if self.dim < -1 else log_slope.sum(-1)
         return self._merge(kept, moved, halves), log_det
 
-    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(x, context, inverse=False)
-
-    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(y, context, inverse=True)
-
     def extra_repr(self) -> str:
         """Name the map and what moves."""
         return f"{self.scalar}, moves {len(self.moved_index)} of {self.size} along dim {self.dim}"

@@ -65,12 +65,6 @@ class Elementwise(Bijection):
         value, log_slope = move(value, params)
         return value, log_slope.flatten(-self.domain.event_dim).sum(-1)
 
-    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(x, context, inverse=False)
-
-    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(y, context, inverse=True)
-
     def extra_repr(self) -> str:
         """Name the map and the event."""
         return f"{self.scalar}, event_shape={tuple(self.event_shape or ())}"

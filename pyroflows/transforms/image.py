@@ -9,7 +9,8 @@ from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 from torch.distributions.utils import _sum_rightmost
 
-from pyroflows.bijection import Bijection, Compose, as_bijection
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose, as_bijection
 from pyroflows.conditioners import Conv
 from pyroflows.scalar import Affine, ScalarMap, maps_of_part
 from pyroflows.transforms._common import Along
@@ -144,12 +145,6 @@ class Part(Along):
         kept, moved = value.split([self.size - self.moved, self.moved], self.dim)
         moved, log_det = self.inner._step(moved, context, inverse)
         return torch.cat([kept, moved], self.dim), _sum_rightmost(log_det, self.extra)
-
-    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(x, context, inverse=False)
-
-    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(y, context, inverse=True)
 
 
 def squeeze(factor: int = 2, input_dim: Sequence[int] | None = None) -> Squeeze:

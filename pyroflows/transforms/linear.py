@@ -1,13 +1,14 @@
 """Linear maps: permutations, PLU, triangular matrices, reflections, matrix exponentials."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyroflows.bijection import Bijection, Compose
+from pyroflows.bijection import Bijection
+from pyroflows.compose import iterated
 from pyroflows.numerics import soft_bound
 from pyroflows.transforms._common import (
     Along,
@@ -327,19 +328,13 @@ class MatrixExponential(Along):
         start = torch.zeros(1, input_dim, input_dim)
         self.weights = Parameters(start, context_dim=context_dim, **network)
 
-    def _move(self, value: Tensor, context: Tensor | None, sign: int) -> tuple[Tensor, Tensor]:
-        matrix = sign * self.weights.of(context)[0]
+    def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        matrix = (-1 if inverse else 1) * self.weights.of(context)[0]
         norm2 = (matrix * matrix).sum((-2, -1), keepdim=True)
         matrix = matrix * torch.rsqrt(1 + norm2 / self.bound**2)
         rows = rows_along(value, -1, batched=matrix.dim() > 2) @ torch.matrix_exp(matrix).mT
         log_det = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         return from_rows(rows, value, -1), log_det.expand(value.shape[:-1])
-
-    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(x, context, 1)
-
-    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(y, context, -1)
 
 
 # -------------------------------------------------------------------------------- factories
@@ -477,19 +472,6 @@ def conditional_matrix_exponential(
     return conditional(matrix_exponential)(
         input_dim, context_dim, iterations, normalization, bound, **kwargs
     )
-
-
-def iterated(
-    repeats: int, base_fn: Callable[..., Bijection], *args: Any, **kwargs: Any
-) -> Compose:
-    """Return ``repeats`` bijections made by ``base_fn(*args, **kwargs)``, one after the other.
-
-    Raises:
-        ValueError: If ``repeats`` is not positive.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be positive; got {repeats}")
-    return Compose([base_fn(*args, **kwargs) for _ in range(repeats)])
 
 
 conditional_linear = conditional(linear)

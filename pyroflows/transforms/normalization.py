@@ -110,12 +110,6 @@ class ActNorm(Along):
         value, log_slope = move(value, params)
         return value, log_slope.flatten(self.dim).sum(-1)
 
-    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(x, context, inverse=False)
-
-    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._move(y, context, inverse=True)
-
 
 class BatchNorm(Along):
     r"""Batch normalization, read from data to noise; from noise to data it is undone.

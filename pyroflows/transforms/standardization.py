@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyroflows.bijection import Bijection, Compose
+from pyroflows.bijection import Bijection
+from pyroflows.compose import Compose
 from pyroflows.memory import Twin, tensors_of
 from pyroflows.supports import is_real
 
@@ -187,12 +188,10 @@ class Standardized(Compose):
             steps.insert(self.seam, (self.units, 0))
         return steps
 
-    def _sweep(
-        self, value: Tensor, context: Tensor | None, inverse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if context is not None:
             context = self.context_units.standardize(context)
-        return super()._sweep(value, context, inverse)
+        return super()._move(value, context, inverse)
 
     def _check_kind(self, value: Tensor) -> None:
         # unset units are no reason to refuse a dtype

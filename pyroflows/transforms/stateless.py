@@ -7,7 +7,8 @@ in (0, 1). Any constraint will do: ``as_bijection(biject_to(constraint))``.
 
 import pyro.distributions.transforms as stock
 
-from pyroflows.bijection import Bijection, as_bijection
+from pyroflows.bijection import Bijection
+from pyroflows.compose import as_bijection
 
 __all__ = ["elu", "exp", "leaky_relu", "logit", "ordered", "sigmoid", "softplus", "tanh"]
 
