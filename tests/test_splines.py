@@ -8,9 +8,8 @@ import torch
 from scipy.interpolate import CubicHermiteSpline
 from scipy.optimize import brentq
 
-from pyroflows import splines
 from pyroflows.numerics import monotone_inverse, soft_bound
-from pyroflows.splines import LinearRational, RationalQuadratic
+from pyroflows.splines import LinearRational, RationalQuadratic, kernels
 
 SPLINES = {
     "quadratic": RationalQuadratic(),
@@ -258,7 +257,7 @@ def test_every_layout_gives_the_same(order, inverse, shape):
 @both_orders
 @both_ways
 def test_many_columns_are_computed_in_chunks(order, inverse, monkeypatch):
-    monkeypatch.setattr(splines, "_CHUNK", 8)
+    monkeypatch.setattr(kernels, "_CHUNK", 8)
     spline = order(5)
     x, params = draw(spline, (25, 4 * torch.get_num_threads()))
     x.requires_grad_(), params.requires_grad_()
