@@ -33,6 +33,10 @@ class Budget:
         """Since construction."""
         return min(time.monotonic() - self.wall, time.process_time() - self.cpu)
 
+    def spend(self, seconds: float) -> None:
+        """Count seconds of work that was done before."""
+        self.wall, self.cpu = self.wall - seconds, self.cpu - seconds
+
     def over(self, share: float = 1.0) -> bool:
         """Whether a share of the time is gone."""
         return self.seconds() > share * self.limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,3 +58,11 @@ class MedianNorm:
             return False
         self.norms.append(norm)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The norms of the window."""
+        return dict(norms=list(self.norms))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.norms.extend(state["norms"])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
@@ -41,6 +42,14 @@ class History:
     converged: bool = False
     stopped: str = ""
     seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in what ``torch.load(weights_only=True)`` reads."""
+        return {**vars(self), "losses": torch.tensor(self.losses, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        vars(self).update({**state, "losses": state["losses"].tolist()})
 
     @property
     def train_loss(self) -> list[float]:
@@ -100,7 +109,13 @@ _ENDS = {"patience": "stopped early", "interrupt": "interrupted"}
 
 
 def progress_bar(
-    steps: Iterable[Any], *, desc: str, unit: str = "step", total: int | None = None, show: bool
+    steps: Iterable[Any],
+    *,
+    desc: str,
+    unit: str = "step",
+    total: int | None = None,
+    begun: int = 0,
+    show: bool,
 ) -> tqdm:
     """The one progress bar, over steps or epochs; ``set_postfix`` shows losses beside it."""
-    return tqdm(steps, desc=desc, unit=unit, total=total, disable=not show)
+    return tqdm(steps, desc=desc, unit=unit, total=total, initial=begun, disable=not show)

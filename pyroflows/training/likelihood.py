@@ -1,45 +1,64 @@
 """Maximum likelihood: the loop that owns an optimizer, so that users need not write one."""
 
-import copy
+from __future__ import annotations
+
 import math
+import os
 import warnings
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from pyroflows.flow import Flow
 from pyroflows.training.budget import Budget
-from pyroflows.training.clipping import MaxNorm
+from pyroflows.training.checkpoint import Checkpoint, described
+from pyroflows.training.clipping import Clip, MaxNorm
 from pyroflows.training.history import History, progress_bar
-from pyroflows.training.rows import Rows, as_rows, minibatches, part_rows
+from pyroflows.training.parallel import agreed, alone, broadcast, rank_and_world
+from pyroflows.training.rows import Rows
 from pyroflows.training.schedule import Schedule
-from pyroflows.training.seeds import seeded
-from pyroflows.training.states import Best
-from pyroflows.training.steps import Steps, make_adam
-from pyroflows.transforms.standardization import Units
+from pyroflows.training.seeds import random_state, seeded, set_random_state
+from pyroflows.training.sources import sources
+from pyroflows.training.standardizing import score, standardize_by
+from pyroflows.training.states import Average, Best
+from pyroflows.training.steps import Optimize, Steps, make_adam
 
-__all__ = ["fit"]
+__all__ = ["Callback", "Options", "fit"]
+
+Callback = Callable[[History], object]
 
 
 @torch.enable_grad()
 def fit(
     flow: Flow,
-    x: Tensor,
+    x: Tensor | Iterable[Any],
     context: Tensor | None = None,
     *,
     num_epochs: int = 100,
     batch_size: int | None = None,
     lr: float = 2e-3,
     weight_decay: float = 0.0,
-    validation: float | tuple[Tensor, ...] = 0.1,
+    validation: float | tuple[Tensor, ...] | Iterable[Any] | None = None,
     patience: int = 15,
-    clip_norm: float = 10.0,
+    clip_norm: float | Clip = 10.0,
     sample_weight: Tensor | None = None,
     standardize: bool = True,
     device: str | torch.device | None = None,
     seed: int = 0,
     progress: bool = True,
+    callbacks: Callback | Sequence[Callback] = (),
+    optimizer: Optimize | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    ema: float | None = None,
+    max_time: float | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    distributed: bool = True,
 ) -> History:
     """Fit a flow to data by maximum likelihood.
 
@@ -53,110 +72,356 @@ def fit(
     Minibatches with Adam (fused), linear warm-up and cosine to zero, clipped gradients. A step
     whose loss or gradient is not finite is skipped and counted, with a warning where most were.
     After each epoch the validation part is scored: the best state is kept, and training stops when
-    ``patience`` epochs bring nothing better. Ctrl-C keeps the best state too. Where no epoch is
-    better than the state before training, that one is kept; without a validation part the training
-    rows judge, at the end.
+    ``patience`` epochs bring nothing better. Ctrl-C keeps the best state too, and so does an
+    error, which is then raised. Where no epoch is better than the state before training, that one
+    is kept; without a validation part the training rows judge, at the end.
 
     Args:
         flow: Anything with ``log_prob(x, context)`` that is a module, such as a recipe's result;
             only a :class:`pyroflows.Flow` is standardized.
-        x: Data, shape ``(n, *event)``; arrays and numeric DataFrames are taken too.
+        x: Data, shape ``(n, *event)``; arrays and numeric DataFrames are taken too. Or what gives
+            batches, however many: a ``DataLoader``, a ``Dataset``, or anything that can be
+            iterated over again in every epoch. A batch is ``x``, ``(x,)``, ``(x, context)``,
+            ``(x, context, sample_weight)``, or a dictionary of these. The first 8,192 rows then
+            standardize; an iterator that can be read once serves for one epoch.
         context: One context for each row, shape ``(n, context_dim)``, or what the flow's
             ``embedding`` takes, row by row; that is not standardized.
         num_epochs: Sweeps over the training part, at most.
         batch_size: Rows a step; None for about n / 20, between 32 and 512.
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay (AdamW).
-        validation: Fraction of rows held out, 0 for none, or a pair ``(x,)`` / ``(x, context)`` of
-            its own.
+        validation: Fraction of rows held out, 0 for none; rows ``(x,)``, ``(x, context)`` or ``(x,
+            context, sample_weight)``; or a loader of its own. None for a tenth of the rows, of a
+            loader for none.
         patience: Epochs without improvement before stopping.
-        clip_norm: Largest norm of a gradient.
+        clip_norm: Largest norm of a gradient; or a clipper, such as :class:`MedianNorm`.
         sample_weight: Non-negative weight of each row, shape ``(n,)``.
         standardize: Whether to set the flow's standardization of data and context if it has none.
         device: Where to train, ``"auto"`` for a GPU if there is one; None for where the flow is.
         seed: Seed of the split and the minibatches; the global generators are left as they were.
         progress: Whether to show a progress bar.
+        callbacks: Called with the :class:`History` after each epoch; its last record is
+            ``history.records[-1]``. What returns true ends the fit.
+        optimizer: Called as ``optimizer(parameters, lr=lr)`` in place of AdamW; a class of
+            ``torch.optim`` will do, ``LBFGS`` too.
+        scheduler: Called with the optimizer in place of warm-up and cosine. Its ``step`` is called
+            after each epoch, with the loss if it is ``ReduceLROnPlateau``; after each step if it
+            is ``OneCycleLR`` or ``CyclicLR``.
+        ema: Decay of an exponential moving average of the parameters, such as 0.999, which is then
+            what is scored and kept; None for no average.
+        max_time: Seconds, on the clock of :class:`Budget`, by which the learning rate has fallen
+            to zero and the fit ends.
+        checkpoint: File that is written after each epoch. Where it exists already, the fit goes on
+            from it to the same numbers as without the interruption; if that fit had ended, the
+            flow takes its result.
+        distributed: Whether the processes of ``torch.distributed``, if there are several, train
+            one flow together: each takes its share of every batch, or brings a loader of its own;
+            gradients are averaged; the first process reports and writes.
 
     Returns:
         The losses and what happened; see :class:`History`.
 
     Raises:
         ValueError: If shapes disagree, rows are not finite, too few, outside the flow's support,
-            or vary by less than the flow's dtype holds.
+            or vary by less than the flow's dtype holds; if the checkpoint is of another fit.
         TypeError: If x is not numeric.
         RuntimeError: If no step, or no state's validation loss, was finite; the flow is then as
             it was.
     """
-    flow = flow.to(_device(device, flow))
-    parameters, generator = _learnable(flow), torch.Generator()
-    generator.manual_seed(seed)
-    train, held = part_rows(flow, as_rows(x, context, sample_weight), validation, generator)
-    n = len(train.x)
-    if num_epochs < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(
-            f"fit expects positive num_epochs and batch_size; got {num_epochs} and {batch_size}"
-        )
-    batch_size = min(n, batch_size or max(32, min(512, n // 20)))
-    history, best, clock = History(), Best(flow), Budget()
-    steps = Steps(
-        parameters,
-        lr,
-        schedule=Schedule(num_epochs * (n // batch_size)),
-        clip=MaxNorm(clip_norm),
-        optimizer=partial(make_adam, weight_decay=weight_decay),
-        history=history,
+    options = Options(
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        validation=validation,
+        patience=patience,
+        clip_norm=clip_norm,
+        standardize=standardize,
+        seed=seed,
+        progress=progress,
+        callbacks=[callbacks] if callable(callbacks) else list(callbacks),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        ema=ema,
+        max_time=max_time,
+        checkpoint=checkpoint,
     )
-    bar = progress_bar(range(num_epochs), desc="fit", unit="epoch", show=progress)
-    with seeded(seed):
-        try:
-            judges = (train.some(8192) if held is None else held).to(flow)
-            best.offer(_score(flow, judges))
-            if standardize and isinstance(flow, Flow):
-                _standardize(flow, train)
-            train = train.to(flow)
-            flow.train()
-            with torch.no_grad():  # data-dependent initialization sees the data once
-                flow.log_prob(*train.part(slice(8 * batch_size))[:2])
-            best.offer(_score(flow, judges))
-            for epoch in bar:
-                flow.train()
-                batches, losses = minibatches(train, batch_size, generator), []
-                for _, batch in zip(steps, batches, strict=False):
-                    loss = steps.take(_loss(flow, batch))
-                    losses += [] if loss is None else [loss]
-                record = dict(
-                    epoch=epoch + 1,
-                    step=steps.count,
-                    train=sum(losses) / len(losses) if losses else math.nan,
-                    lr=steps.lr,
-                    seconds=clock.seconds(),
-                    skipped=steps.skipped,
+    with seeded(seed), nullcontext() if distributed else alone():
+        return _Run(flow.to(_device(device, flow)), (x, context, sample_weight), options).fit()
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How :func:`fit` trains; see there."""
+
+    num_epochs: int
+    batch_size: int | None
+    lr: float
+    weight_decay: float
+    validation: Any
+    patience: int
+    clip_norm: float | Clip
+    standardize: bool
+    seed: int
+    progress: bool
+    callbacks: list[Callback]
+    optimizer: Optimize | None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None
+    ema: float | None
+    max_time: float | None
+    checkpoint: str | os.PathLike | None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.num_epochs < 1 or (self.batch_size is not None and self.batch_size < 1):
+            raise ValueError(
+                f"fit expects positive num_epochs and batch_size; got {self.num_epochs} and "
+                f"{self.batch_size}"
+            )
+        if self.max_time is not None and not self.max_time > 0:
+            raise ValueError(f"fit expects a positive max_time; got {self.max_time}")
+        for name in ("optimizer", "scheduler"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(
+                    f"fit expects {name} to be a class or function that makes one, such as "
+                    f"functools.partial(torch.optim.SGD, momentum=0.9); got {value!r:.80}"
                 )
-                shown = {"train": f"{record['train']:.3f}"}
-                if held is not None:
-                    record["valid"] = _score(flow, judges)
-                    best.offer(record["valid"], epoch)
-                    shown |= {"valid": f"{record['valid']:.3f}"}
-                history.records.append(record)
-                bar.set_postfix(shown)
-                if held is not None and epoch - max(0, best.mark) >= patience:
-                    steps.stop("patience")
-                    break
+        if self.optimizer is not None and self.weight_decay:
+            raise ValueError("fit: give weight_decay to the optimizer that you pass")
+
+    def settings(self) -> dict[str, str]:
+        """What makes a fit the same; of functions the name."""
+        apart = {"validation", "progress", "callbacks", "checkpoint"}
+        return {k: described(v) for k, v in vars(self).items() if k not in apart}
+
+
+class _Run:
+    """One fit: what it trains, on what, and how far it is."""
+
+    def __init__(self, flow: nn.Module, data: tuple[Any, Any, Any], options: Options) -> None:
+        self.flow, self.options, self.budget = flow, options, Budget(options.max_time)
+        self.parameters, generator = _learnable(flow), torch.Generator()
+        generator.manual_seed(options.seed)
+        self.rank, self.world = rank_and_world()
+        self.train, self.held = sources(
+            flow,
+            data,
+            options.validation,
+            batch_size=options.batch_size,
+            generator=generator,
+            once=options.num_epochs == 1,
+        )
+        broadcast(flow)
+        clip = options.clip_norm
+        self.steps = Steps(
+            self.parameters,
+            options.lr,
+            schedule=self._schedule(),
+            clip=clip if callable(clip) else MaxNorm(clip),
+            optimizer=options.optimizer or partial(make_adam, weight_decay=options.weight_decay),
+            shared=self.world > 1,
+        )
+        self.history, self.best = self.steps.history, Best(flow)
+        self.average: Average | None = None
+        self.scheduler = options.scheduler and options.scheduler(self.steps.optimizer)
+        self.checkpoint: Checkpoint | None = None
+        if options.checkpoint is not None:
+            rows = [s and s.identity() for s in (self.train, self.held)]
+            settings = {**options.settings(), "rows": rows, "processes": self.world}
+            self.checkpoint = Checkpoint(options.checkpoint, flow, settings)
+
+    def _schedule(self) -> Schedule | None:
+        """Warm-up and cosine; the level part of an epoch whose length nobody knows is open."""
+        if self.options.scheduler is not None:
+            return None
+        clock, count = self.budget.window(device=self.parameters[0].device), self.train.count()
+        if count is None:
+            return Schedule(_OPEN, warmup=100, hold=_OPEN, clock=clock)
+        return Schedule(self.options.num_epochs * count, clock=clock)
+
+    def fit(self) -> History:
+        """Train, from the beginning or from the checkpoint; leave the best state."""
+        saved = self.checkpoint and self.checkpoint.load()
+        try:
+            if saved:
+                self._resume(saved)
+            else:
+                self._begin()
+            if not (saved and saved["ended"]):
+                self._train()
+                self._conclude()
+        except BaseException:
+            self._restore()
+            raise
+        failure = _failure(self.history)
+        self._restore(start=failure is not None)
+        if failure is not None:
+            raise RuntimeError(failure)
+        return self.history
+
+    def _begin(self) -> None:
+        """Units and data-dependent layers see the data, once."""
+        flow = self.flow
+        try:
+            self._offer(-1)
+            if self.options.standardize and isinstance(flow, Flow):
+                standardize_by(flow, self.train.rows)
+            flow.train()
+            with torch.no_grad():
+                rows = self.train.rows.part(slice(8 * self.train.batch_size))
+                flow.log_prob(*rows.to(flow)[:2])
+            broadcast(flow)
+            self._offer(-1)
         except KeyboardInterrupt:
-            steps.stop("interrupt")
+            self.steps.stop("interrupt")
+        self._average()
+
+    def _average(self) -> None:
+        if self.options.ema is not None:
+            self.average = Average(self.parameters, self.options.ema)
+
+    def _train(self) -> None:
+        """Epochs, until something ends them."""
+        total, done = self.options.num_epochs, len(self.history.records)
+        show = self.options.progress and self.rank == 0
+        bar = progress_bar(
+            range(done, total), desc="fit", unit="epoch", total=total, begun=done, show=show
+        )
+        try:
+            for epoch in bar:
+                if self.history.stopped or (epoch and self.steps.factor == 0):
+                    break
+                record = self._epoch(epoch)
+                losses = {k: f"{record[k]:.3f}" for k in ("train", "valid") if k in record}
+                bar.set_postfix(losses)
+                self._save()
+                self._tell()
+        except KeyboardInterrupt:
+            self.steps.stop("interrupt")
         finally:
             bar.close()
-        if held is None:
-            best.offer(_score(flow, judges), len(history.records) - 1)
-    history.best_epoch = best.mark
-    history.best_valid_loss = math.nan if held is None else best.loss
-    history.seconds = clock.seconds()
-    failure = _failure(history)
-    best.restore(start=failure is not None)
-    flow.eval()
-    if failure is not None:
-        raise RuntimeError(failure)
-    return history
+
+    def _epoch(self, epoch: int) -> dict[str, float]:
+        """Train on every batch, then see what the held-out rows say."""
+        self.flow.train()
+        losses = []
+        for _, batch in zip(self.steps, self.train.batches(epoch), strict=False):
+            loss = self.steps.take(partial(self._loss, batch))
+            if loss is not None:
+                losses.append(loss)
+                if self.average is not None:
+                    self.average.update()
+            self._after_step()
+        schedule, count = self.steps.schedule, self.steps.count
+        if epoch == 0 and schedule is not None and schedule.num_steps == _OPEN:
+            schedule.retime(count, count * self.options.num_epochs)
+        return self._record(epoch, losses)
+
+    def _record(self, epoch: int, losses: list[float]) -> dict[str, float]:
+        history = self.history
+        record = dict(
+            epoch=epoch + 1,
+            step=self.steps.count,
+            train=sum(losses) / len(losses) if losses else math.nan,
+            lr=self.steps.lr,
+            skipped=self.steps.skipped,
+        )
+        monitored = record["train"]
+        if self.held is not None:
+            monitored = record["valid"] = self._offer(epoch)
+            history.best_epoch, history.best_valid_loss = self.best.mark, self.best.loss
+            if epoch - max(0, self.best.mark) >= self.options.patience:
+                self.steps.stop("patience")
+        history.seconds = record["seconds"] = self.budget.seconds()
+        history.records.append(record)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(monitored)
+        elif self.scheduler is not None and not isinstance(self.scheduler, _EACH_STEP):
+            self.scheduler.step()
+        return record
+
+    def _after_step(self) -> None:
+        """What our own schedule does by itself."""
+        if self.scheduler is None:
+            return
+        if isinstance(self.scheduler, _EACH_STEP):
+            self.scheduler.step()
+        if agreed(self.budget.over(), like=self.parameters[0]):
+            self.steps.stop("max_time")
+
+    def _loss(self, batch: Rows) -> Tensor:
+        """Mean negative log-density of a batch, its share of the mean of all processes."""
+        log_prob, weight = self.flow.log_prob(batch.x, batch.context), batch.weight
+        if weight is None and self.world == 1:
+            return -log_prob.mean()
+        weight = torch.ones_like(log_prob) if weight is None else weight
+        total = weight.sum()
+        if self.world > 1:
+            total = total.new_tensor(agreed(float(total), like=total, op="SUM") / self.world)
+        return -(weight * log_prob).sum() / total.clamp_min(torch.finfo(weight.dtype).tiny)
+
+    @cached_property
+    def _judges(self) -> list[Rows]:
+        """Training rows that judge where none are held out."""
+        return [self.train.rows.some(8192).to(self.flow)]
+
+    def _offer(self, mark: int) -> float:
+        """Score the state, averaged if it is to be, and keep it if it is the best."""
+        with nullcontext() if self.average is None else self.average.swapped():
+            rows = self._judges if self.held is None else self.held.sweep()
+            loss = score(self.flow, rows, shared=self.world > 1)
+            self.best.offer(loss, mark)
+        return loss
+
+    def _tell(self) -> None:
+        """Call the callbacks; what is true ends the fit."""
+        self.flow.eval()
+        wants = [callback(self.history) for callback in self.options.callbacks if not self.rank]
+        if self.options.callbacks and agreed(any(wants), like=self.parameters[0]):
+            self.steps.stop("callback")
+
+    def _conclude(self) -> None:
+        """Judge the last state if no held-out rows have."""
+        if self.held is None:
+            self._offer(len(self.history.records) - 1)
+            self.history.best_epoch = self.best.mark
+        self.history.seconds = self.budget.seconds()
+        if self.history.stopped not in ("interrupt", "callback"):  # those may go on
+            self._save(ended=True)
+
+    def _restore(self, *, start: bool = False) -> None:
+        self.best.restore(start=start)
+        self.flow.eval()
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = dict(flow=self.flow, steps=self.steps, best=self.best, average=self.average)
+        parts["scheduler"] = self.scheduler
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _save(self, *, ended: bool = False) -> None:
+        if self.checkpoint is None or self.rank:
+            return
+        self.checkpoint.save(
+            parts={name: part.state_dict() for name, part in self._stateful().items()},
+            generators=[g.get_state() for g in self.train.generators()],
+            random=random_state(),
+            ended=ended,
+        )
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        """Go on as if there had been no interruption."""
+        self._average()
+        for name, part in self._stateful().items():
+            part.load_state_dict(saved["parts"][name])
+        for generator, state in zip(self.train.generators(), saved["generators"], strict=True):
+            generator.set_state(state)
+        set_random_state(saved["random"])
+        self.budget.spend(self.history.seconds)
+
+
+_EACH_STEP = (OneCycleLR, CyclicLR)
+_OPEN = 2**62  # steps of a schedule whose end nobody knows yet
 
 
 def _learnable(flow: nn.Module) -> list[Tensor]:
@@ -175,81 +440,13 @@ def _failure(history: History) -> str | None:
     skipped, tried = history.skipped_steps, history.num_steps
     what = f"in {skipped} of {tried} steps loss or gradient was not finite"
     advice = "look for extreme rows, lower lr, or pass standardize=True"
-    if skipped == tried:
+    if tried and skipped == tried:
         return f"fit: {what}; the flow is as it was. {advice.capitalize()}"
     if history.valid_loss and not math.isfinite(history.best_valid_loss):
         return f"fit: no state had a finite validation loss; the flow is as it was. {advice}"
     if 2 * skipped > tried:
         warnings.warn(f"fit: {what}; {advice}", stacklevel=3)
     return None
-
-
-@torch.no_grad()
-def _standardize(flow: Flow, rows: Rows) -> None:
-    """Set the units that the flow has not, unless it scores the rows better without them."""
-    transform, some = flow.transform, rows.some(2048).to(flow)
-    _, context, weight = rows
-    if getattr(flow, "embedding", None) is not None:
-        embedded = transform.seam is not None and transform.seam < len(transform)
-        context = flow.embed(rows.to(flow).context) if embedded else None
-    elif context is not None:
-        units = transform.context_units
-        if units.active:
-            _check_units(units, context, weight, "context")
-        else:
-            before = _score(flow, some)
-            units.fit_to(context, weight, name="context", binary=True)
-            _keep_if_better(units, before, _score(flow, some))
-    if transform.seam is not None:
-        units, values = transform.units, transform.before_seam(rows.x, context)
-        if units.active:
-            _check_units(units, values, weight, "x")
-        else:
-            before = _score(flow, some)
-            units.fit_to(values, weight)
-            _keep_if_better(units, before, _score(flow, some))
-
-
-def _keep_if_better(units: Units, before: float, after: float) -> None:
-    """Leave out units that make a density worse: its layers know the rows as they are."""
-    if math.isfinite(before) and not after <= before + 1e-6 * abs(before):
-        units.reset()
-
-
-def _check_units(units: Units, rows: Tensor, weight: Tensor | None, name: str) -> None:
-    """Warn if units that were set before do not suit these rows."""
-    fresh = copy.deepcopy(units)
-    fresh.fit_to(rows, weight, name=name)
-    shift, ratio = (fresh.loc - units.loc) / units.scale, fresh.scale / units.scale
-    if bool((shift.abs() > 10).any() | (ratio > 10).any()):
-        warnings.warn(
-            f"fit: {name} lies up to {float(shift.abs().max()):.3g} standard deviations from, and "
-            f"varies up to {float(ratio.max()):.3g} times as much as, the rows by which the flow "
-            "was standardized; flow.standardize(x, context) sets it anew, before fitting",
-            stacklevel=4,
-        )
-
-
-def _loss(flow: nn.Module, batch: Rows) -> Tensor:
-    """Mean negative log-density of a batch."""
-    log_prob, weight = flow.log_prob(batch.x, batch.context), batch.weight
-    if weight is None:
-        return -log_prob.mean()
-    return -(weight * log_prob).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
-
-
-def _score(flow: nn.Module, rows: Rows, chunk: int = 8192) -> float:
-    """Mean negative log-density in evaluation mode."""
-    flow.eval()
-    total, weights = 0.0, 0.0
-    with torch.no_grad():
-        for i in range(0, len(rows.x), chunk):
-            x, context, weight = rows.part(slice(i, i + chunk))
-            log_prob = flow.log_prob(x, context).double()
-            weight = torch.ones_like(log_prob) if weight is None else weight.double()
-            total -= (weight * log_prob).sum().item()
-            weights += weight.sum().item()
-    return total / max(weights, 1e-300)
 
 
 def _device(device: str | torch.device | None, flow: nn.Module) -> torch.device:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["agreed", "average_gradients", "rank_and_world"]
+__all__ = ["agreed", "alone", "average_gradients", "broadcast", "rank_and_world"]
+
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process and of all; 0 and 1 without a process group."""
+    """Number of this process and of all; 0 and 1 without a process group, or :func:`alone`."""
+    if _alone.get():
+        return 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let a process of several work by itself."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def agreed(value: float, *, like: Tensor, op: str = "MAX") -> float:
@@ -47,3 +64,13 @@ def average_gradients(parameters: Sequence[Tensor], loss: float) -> float:
         for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(part.view_as(g))
     return agreed(loss, like=like, op="SUM") / world
+
+
+def broadcast(module: nn.Module) -> None:
+    """Give all processes the state of the first."""
+    if rank_and_world()[1] == 1:
+        return
+    state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    for value in state.values():
+        torch.distributed.broadcast(value, 0)
+    module.load_state_dict(state)

@@ -1,7 +1,10 @@
 """Rows to train on: data, context and weights, checked, parted and cut into minibatches."""
 
+from __future__ import annotations
+
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -11,10 +14,10 @@ from torch import Tensor, nn
 from pyroflows.flow import Flow
 from pyroflows.supports import is_real
 
-__all__ = ["Rows", "as_rows", "minibatches", "part_rows"]
+__all__ = ["Rows", "as_rows", "held_count", "minibatches", "part_rows"]
 
 
-_NAMES = ("x", "context", "sample_weight")
+NAMES = ("x", "context", "sample_weight")
 
 
 class Rows(NamedTuple):
@@ -24,16 +27,44 @@ class Rows(NamedTuple):
     context: Tensor | None
     weight: Tensor | None
 
-    def part(self, index: Tensor | slice) -> "Rows":
+    def part(self, index: Tensor | slice) -> Rows:
         """Return some of the rows."""
         x, context, weight = (None if v is None else v[index] for v in self)
         return Rows(cast(Tensor, x), context, weight)
 
-    def some(self, count: int) -> "Rows":
+    def some(self, count: int) -> Rows:
         """Return about ``count`` rows, evenly spread."""
         return self.part(slice(None, None, max(1, len(self.x) // count)))
 
-    def to(self, flow: nn.Module) -> "Rows":
+    def chunks(self, size: int) -> Iterator[Rows]:
+        """Yield the rows in order, ``size`` at a time."""
+        return (self.part(slice(i, i + size)) for i in range(0, len(self.x), size))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rows]) -> Rows:
+        """Return the rows of several.
+
+        Raises:
+            ValueError: If they have not all the same parts and shapes.
+        """
+        columns: list[Any] = []
+        for name, values in zip(NAMES, zip(*parts, strict=True), strict=True):
+            shapes = {None if v is None else tuple(v.shape[1:]) for v in values}
+            if len(shapes) > 1:
+                raise ValueError(f"fit: batches disagree on the shape of {name}: {shapes}")
+            columns.append(None if values[0] is None else torch.cat(values))
+        return cls(*columns)
+
+    def digest(self) -> str:
+        """Return what tells the rows from others, by some of them."""
+        found = hashlib.sha256()
+        for value in self.some(8192):
+            if value is not None:
+                found.update(f"{len(self.x)} {tuple(value.shape)} {value.dtype}".encode())
+                found.update(value.detach().double().cpu().numpy().tobytes())
+        return found.hexdigest()
+
+    def to(self, flow: nn.Module) -> Rows:
         """Return the rows in the dtype and on the device of the flow.
 
         Raises:
@@ -45,7 +76,7 @@ class Rows(NamedTuple):
             if not self.context.is_floating_point():
                 context = self.context.to(like.device)  # the embedding's business: ids, say
         rows = Rows(cast(Tensor, x), context, weight)
-        for name, value in zip(_NAMES, rows, strict=True):
+        for name, value in zip(NAMES, rows, strict=True):
             _refuse(value, torch.isfinite, f"of {name} are beyond {like.dtype}; use flow.double()")
         if isinstance(flow, Flow) and not is_real(flow.support):
             inside = flow.support.check
@@ -78,7 +109,7 @@ def as_rows(x: Tensor, context: Tensor | None = None, weight: Tensor | None = No
         None if context is None else _tensor(context),
         None if weight is None else _tensor(weight),
     )
-    for name, value in zip(_NAMES, rows, strict=True):
+    for name, value in zip(NAMES, rows, strict=True):
         if value is None:
             continue
         count = len(value) if value.dim() else 0
@@ -111,13 +142,13 @@ def part_rows(
     """
     held: Rows | None
     if isinstance(validation, tuple):
-        train, held = rows, as_rows(validation[0], *validation[1:2])
+        train, held = rows, as_rows(*validation)
     elif isinstance(validation, (int, float)) and 0 <= validation < 1:
         held, train = _split(rows, validation, generator)
     else:
         raise ValueError(
-            f"fit: validation must be a number in [0, 1) or a tuple (x,) or (x, context); "
-            f"got {validation!r:.80}"
+            "fit: validation must be a number in [0, 1), a loader, or a tuple (x,), (x, context) "
+            f"or (x, context, sample_weight); got {validation!r:.80}"
         )
     if len(train.x) < 2:
         raise ValueError(f"fit needs at least 2 training rows; got {len(train.x)}")
@@ -137,13 +168,25 @@ def part_rows(
     return train, held
 
 
-def _split(rows: Rows, fraction: float, generator: torch.Generator) -> tuple[Rows | None, Rows]:
-    n = len(rows.x)
+def held_count(n: int, fraction: float) -> int:
+    """Return how many of n rows a fraction holds out.
+
+    Raises:
+        ValueError: If that is none, though the fraction is not 0; or if it is no fraction.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fit: validation must be in [0, 1); got {fraction}")
     count = round(fraction * n)
     if fraction and not count:
         raise ValueError(
             f"fit: {n} rows are too few to hold out {fraction:.0%}; pass validation=0"
         )
+    return count
+
+
+def _split(rows: Rows, fraction: float, generator: torch.Generator) -> tuple[Rows | None, Rows]:
+    n = len(rows.x)
+    count = held_count(n, fraction)
     order = torch.randperm(n, generator=generator).to(rows.x.device)
     return (rows.part(order[:count]) if count else None), rows.part(order[count:])
 

@@ -85,6 +85,10 @@ class Schedule:
         noise = ((recent.var() + before.var()) / w).sqrt()
         return not before.mean() - recent.mean() > max(self.tol, noise.item())
 
+    def retime(self, begin: int, end: int) -> None:
+        """Let the cosine begin and end at other steps."""
+        self.num_steps, self.decay_from, self.decay_steps = end, begin, end - begin
+
     def state_dict(self) -> dict[str, Any]:
         """What has become of the schedule."""
         names = ("num_steps", "decay_from", "decay_steps", "converged")

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.util import get_rng_state, set_rng_state
 
-__all__ = ["preserved", "rewinder", "seeded"]
+__all__ = ["preserved", "random_state", "rewinder", "seeded", "set_random_state"]
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators, in what ``torch.load(weights_only=True)`` reads."""
+    state = get_rng_state()
+    name, keys, *rest = state["numpy"]
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy = [name, torch.from_numpy(keys.astype(np.int64)), *rest]
+    return dict(torch=state["torch"], random=state["random"], numpy=numpy, cuda=devices)
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go back to what :func:`random_state` gave."""
+    name, keys, *rest = state["numpy"]
+    numpy = (name, keys.numpy().astype(np.uint32), *rest)
+    set_rng_state({"torch": state["torch"], "random": state["random"], "numpy": numpy})
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def rewinder() -> Callable[[], None]:

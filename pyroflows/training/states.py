@@ -112,4 +112,7 @@ class Average:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        vars(self).update(state)
+        self.count = state["count"]
+        with torch.no_grad():
+            for value, kept in zip(self.values, state["values"], strict=True):
+                value.copy_(kept)

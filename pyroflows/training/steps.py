@@ -13,6 +13,7 @@ from pyroflows.training.clipping import Clip, MaxNorm
 from pyroflows.training.history import History
 from pyroflows.training.parallel import average_gradients
 from pyroflows.training.schedule import Schedule
+from pyroflows.training.states import Best
 
 __all__ = ["Optimize", "Steps", "make_adam"]
 
@@ -66,9 +67,10 @@ class Steps:
         parameters: Tensors, or groups ``{"params": ..., "lr": ..., "weight_decay": ...}`` with
             rates of their own, as torch's optimizers take them.
         lr: Largest learning rate of what has none of its own.
-        schedule: Factor of all rates; None for 1, without an end.
+        schedule: Factor of all rates; None leaves them, and has no end.
         clip: Clips the gradients and tells whether they are finite.
-        optimizer: Called as ``optimizer(parameters, lr=lr)``.
+        optimizer: Called as ``optimizer(parameters, lr=lr)``. L-BFGS is neither clipped nor given
+            anything but what computes the loss.
         history: Where losses and skipped steps are recorded.
         shared: Whether to average gradients and losses over the processes of
             ``torch.distributed``.
@@ -131,21 +133,41 @@ class Steps:
                 itself, adds them to ``.grad``, and returns the loss as a number.
         """
         self._set_rates()
-        self.optimizer.zero_grad(set_to_none=True)
-        value = self._backward(loss)
-        if self.shared:
-            value = average_gradients(self.parameters, value)
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            return self._record(*self._search(loss))
+        value = self._differentiate(loss)
         usable = math.isfinite(value) and self.clip(self.parameters)
         if usable:
             self.optimizer.step()
         return self._record(value, usable)
 
-    def _backward(self, loss: Tensor | Callable[[], Tensor | float]) -> float:
+    def _differentiate(self, loss: Tensor | Callable[[], Tensor | float]) -> float:
+        """Put the gradient in place; return the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
         value = loss() if callable(loss) else loss
         if isinstance(value, Tensor):
             value.backward()
-            return value.item()
-        return value
+            value = value.item()
+        return average_gradients(self.parameters, value) if self.shared else value
+
+    def _search(self, loss: Tensor | Callable[[], Tensor | float]) -> tuple[float, bool]:
+        """One step of L-BFGS, which asks for the loss at several points."""
+        if not callable(loss):
+            raise TypeError("L-BFGS asks for the loss at several points: pass what computes it")
+        before, values = Best(self.parameters), []
+
+        def closure() -> float:
+            values.append(self._differentiate(loss))
+            return values[-1]
+
+        self.optimizer.step(closure)
+        usable = all(map(math.isfinite, values)) and all(
+            bool(p.isfinite().all()) for p in self.parameters
+        )
+        if not usable:
+            before.restore()
+            self.optimizer.state.clear()  # its curvature has seen what is not finite
+        return values[0], usable
 
     def _record(self, value: float, usable: bool) -> float | None:
         self.losses.append(value)
@@ -163,6 +185,26 @@ class Steps:
         if self.factor == 0 and self.schedule is not None and self.schedule.timed:
             self.stop("max_time")
 
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, schedule, clipper and history."""
+        kept = dict(optimizer=self.optimizer, history=self.history, **self._stateful())
+        return {name: part.state_dict() for name, part in kept.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history.load_state_dict(state["history"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        self.count = len(self.losses)
+        self._look()
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = dict(schedule=self.schedule, clip=self.clip)
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
     def _set_rates(self) -> None:
+        if self.schedule is None:
+            return
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.factor
