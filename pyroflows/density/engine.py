@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyroflows.density.conditionals import Conditional
 from pyroflows.tables import Schema
+from pyroflows.tables.conditions import Condition
 from pyroflows.training.budget import Budget
 
 __all__ = ["Engine", "Fit", "Settings", "TrainingTable"]
@@ -115,6 +116,22 @@ class Engine(Protocol):
     ) -> Fit:
         """Go on with other rows of the same columns."""
         ...
+
+    def within(self, conditions: Mapping[Any, Condition]) -> Self:
+        """The same model of rows that fulfil conditions on their columns.
+
+        Its log-densities are those of the cells and of fulfilling the conditions; what it draws
+        and averages is given both.
+
+        Raises:
+            ValueError: If a condition cannot be fulfilled, naming the column.
+        """
+        if conditions:
+            raise ValueError(
+                f"a model of kind {self.tag!r} takes no ranges, sets or predicates; got them for "
+                f"{list(conditions)}. Filter its samples, or fit with flow=None"
+            )
+        return self
 
     def log_prob(
         self, values: Tensor, *, pattern: bool = False, draws: int = 64

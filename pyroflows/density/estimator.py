@@ -23,6 +23,7 @@ from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
 from pyroflows.density.streaming import TableFile, shards_of
 from pyroflows.tables import Schema, as_frame
+from pyroflows.tables.conditions import as_events, read_conditions
 from pyroflows.tables.inputs import check_half_known, fill_gaps, possible
 from pyroflows.tables.schema import ignored
 from pyroflows.training.budget import Budget
@@ -467,17 +468,46 @@ class DensityEstimator(Conventions):
         Columns may be absent, whatever ``missing`` says.
 
         Args:
-            X: A table of some of the columns.
+            X: A table of some of the columns, or conditions as :meth:`sample` takes them, of which
+                the log-probability counts (of several values of a density their summed density).
             draws: Particles per row and batch, where draws are needed; default the estimator's.
             return_error: As in :meth:`score_samples`.
         """
-        model = self._ready()
+        X, conditions = read_conditions(X)
+        model = self._ready().within(conditions)
         frame = self._frame(X, partial=True)
         values = torch.from_numpy(self.schema_.encode(frame, partial=True))
         draws = self.draws if draws is None else _count("draws", draws)
         out, error = model.log_prob(values, draws=draws)
         nats = self._constrained(out.numpy(), frame)
         return (nats, error.numpy()) if return_error else nats
+
+    def probability(
+        self, condition: Mapping[Any, Any], *, draws: int = 256, return_error: bool = False
+    ) -> Any:
+        """Probability that a row fulfils conditions, e.g. ``{"age": (18, 30), "sex": "F"}``.
+
+        Args:
+            condition: As ``given`` of :meth:`sample`; a scalar is that value. A conditional model
+                needs the columns that it is given, as scalars or arrays.
+            draws: Particles per batch, where sums are too many.
+            return_error: Whether to return also the error, numerical or a standard error.
+
+        Returns:
+            One number, or shape (rows,) where columns are arrays.
+
+        Raises:
+            ValueError: If a single value of a continuous column is asked for, or no cell of a
+                column fulfils its condition.
+        """
+        engine = self._ready()
+        columns = [self.schema_.columns[j] for j in engine.order[engine.num_given :]]
+        events = as_events(condition, columns)
+        nats, error = self.log_marginal(events, draws=draws, return_error=True)
+        out: Any = np.exp(nats), np.exp(nats) * error
+        if all(np.ndim(v) == 0 for v in read_conditions(events)[0].values()):
+            out = float(out[0][0]), float(out[1][0])
+        return out if return_error else out[0]
 
     def predict_outliers(self, X: Any, contamination: float = 0.01) -> np.ndarray:
         """True for rows less likely than this share of the held-out rows of the fit."""
@@ -517,8 +547,11 @@ class DensityEstimator(Conventions):
 
         Args:
             n: Number of rows, or of rows per row of ``given``.
-            given: Values to condition on: a dict or DataFrame with some of the columns (of a joint
-                model), or with all given columns.
+            given: What to condition on: a dict or DataFrame with some of the columns (of a joint
+                model), or with all given columns. Beside values a dict takes conditions: a tuple
+                ``(low, high)`` for a range, None for an open end; a set, or beside conditions a
+                list, for one of these values; a function from a Series of cells to booleans. See
+                :mod:`pyroflows.tables.conditions`.
             missing: Whether cells may be missing, as often as in the data; default as
                 ``missing="model"`` says.
             random_state: Seed; default the estimator's.
@@ -543,21 +576,23 @@ class DensityEstimator(Conventions):
             return self._wrapped(
                 self.schema_.decode(self._fill(blank, 1, generator, leave)[:, 0].numpy())
             )
-        values, good, frame = self._given(given)
+        model, values, good, frame = self._given(given)
         if not len(values) or not n:
             return self._wrapped(self.schema_.decode(values[:0].numpy()))
         filled = values[:, None].repeat(1, n, 1)
-        filled[good] = self._fill(values[good], n, generator, leave)
+        filled[good] = model.complete(values[good], n, generator=generator, leave=leave)
         drawn = self.schema_.decode(filled.flatten(0, 1).numpy())
         same = [c for c in frame.columns if frame[c].dtype == drawn[c].dtype]
         return self._wrapped(fill_gaps(frame[same].iloc[np.arange(len(frame)).repeat(n)], drawn))
 
-    def _given(self, given: Any) -> tuple[Tensor, Tensor, pd.DataFrame]:
+    def _given(self, given: Any) -> tuple[Engine, Tensor, Tensor, pd.DataFrame]:
         """Encoded evidence, which rows of it can be (the others are blank), and its cells.
 
-        Targets of a conditional model are blanked, its given columns must be there.
+        Before them, the engine within what conditions ask for. Targets of a conditional model are
+        blanked, its given columns must be there.
         """
-        model = self._ready()
+        given, conditions = read_conditions(given)
+        model = self._ready().within(conditions)
         frame = self._frame(given, partial=True)
         names = [self.schema_.columns[j].name for j in model.order]
         if model.num_given:
@@ -574,7 +609,7 @@ class DensityEstimator(Conventions):
         values = self.schema_.encode(frame, partial=True)
         good = possible(self.schema_, frame, values, scored) if len(frame) else np.ones(0, bool)
         values[~good] = np.nan
-        return torch.from_numpy(values), torch.from_numpy(good), frame
+        return model, torch.from_numpy(values), torch.from_numpy(good), frame
 
     def _fill(
         self, values: Tensor, n: int, generator: torch.Generator, leave: bool = False
@@ -627,7 +662,7 @@ class DensityEstimator(Conventions):
 
         Args:
             given: Rows to condition on; for a joint model, columns that are absent or missing are
-                the targets.
+                the targets. Or conditions, as :meth:`sample` takes them.
             q: One probability or several.
             draws: Samples per row.
             random_state: Seed; default the estimator's.
@@ -641,7 +676,7 @@ class DensityEstimator(Conventions):
         levels = np.atleast_1d(np.asarray(q, float))
         if ((levels < 0) | (levels > 1)).any():
             raise ValueError(f"q must lie in [0, 1]; got {q}")
-        engine, (values, good, _) = self._ready(), self._given(given)
+        engine, values, good, _ = self._given(given)
         values = values[good]
         out: dict[Any, np.ndarray] = {}
         filled = None
@@ -655,7 +690,8 @@ class DensityEstimator(Conventions):
             else:
                 if filled is None:
                     generator = self._generator(random_state)
-                    filled = self.schema_.natural(self._fill(values, draws, generator).numpy())
+                    drawn = engine.complete(values, draws, generator=generator)
+                    filled = self.schema_.natural(drawn.numpy())
                 x = filled[:, :, j]
                 found = list(
                     np.quantile(
@@ -694,14 +730,15 @@ class DensityEstimator(Conventions):
         import pandas as pd
 
         draws = _count("draws", draws)
-        engine, (values, good, _) = self._ready(), self._given(given)
+        engine, values, good, _ = self._given(given)
         values = values[good]
         places = self._open(values)
         generator = self._generator(random_state)
         filled = engine.averages(values, draws, generator=generator).numpy()
         if any(len(c.relation.exprs) > 1 for c in self.schema_ if c.relation is not None):
-            drawn = self.schema_.natural(self._fill(values, draws, generator).numpy())
-            filled = drawn.mean(1)  # of a largest, which is not the largest of means
+            drawn = engine.complete(values, draws, generator=generator).numpy()
+            # of a largest, which is not the largest of means
+            filled = self.schema_.natural(drawn).mean(1)
         else:
             filled = self.schema_.natural(filled)
         out = {}

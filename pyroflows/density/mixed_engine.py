@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -17,8 +17,10 @@ from pyroflows.density.histogram import Histogram
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
 from pyroflows.density.particles import Uniforms, averages, complete
+from pyroflows.density.restricted import regions_of
 from pyroflows.density.scores import NormalScores
 from pyroflows.tables import Schema
+from pyroflows.tables.conditions import Condition
 from pyroflows.training.budget import Budget
 
 __all__ = ["MixedEngine"]
@@ -55,6 +57,12 @@ class MixedEngine(Engine):
         """Train the networks on; scales, bins and the simple model stay."""
         return fit_more(self.model, table, self.settings, budget, generator)
 
+    def within(self, conditions: Mapping[Any, Condition]) -> Self:
+        """Laws of single columns restricted; exact as sums and quadratures are."""
+        if not conditions:
+            return self
+        return type(self)(self.settings, self.model.within(regions_of(self.model, conditions)))
+
     def log_prob(
         self, values: Tensor, *, pattern: bool = False, draws: int = 64
     ) -> tuple[Tensor, Tensor]:
@@ -85,9 +93,10 @@ class MixedEngine(Engine):
 
     @torch.no_grad()
     def conditionals(self, values: Tensor) -> Iterator[tuple[int, Conditional]]:
-        """All targets."""
+        """All targets; those after a region are not alone with the columns before them."""
         for place, _, law in self.model.walk(values):
-            yield self.order[place], law
+            if self.model.regions.within(place):
+                yield self.order[place], law
 
     def smooth_log_prob(self, values: Tensor) -> Tensor:
         """The histogram bins have steps."""

@@ -5,6 +5,7 @@ Conditionals column by column, exact on complete rows, Monte Carlo over missing 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from pyroflows.density.conditionals import (
 )
 from pyroflows.density.mixtures import MixedMixture, State
 from pyroflows.density.particles import Particles, evidence
+from pyroflows.density.restricted import Regions, restrict
 from pyroflows.tables import Schema
 
 __all__ = ["Rows", "TableModel"]
@@ -96,6 +98,8 @@ class TableModel(nn.Module):
         reads: For a wide table, the places in model order that each target's networks read; None
             where they read all earlier ones. See :func:`pyroflows.density.reads.choose_reads`.
     """
+
+    regions = Regions()
 
     def __init__(
         self,
@@ -400,7 +404,7 @@ class TableModel(nn.Module):
     @torch.no_grad()
     def conditional(
         self, t: int, features: Tensor, state: State | None = None, *, atoms: bool = True
-    ) -> Labels | Numbers:
+    ) -> Any:
         """The distribution of target t for N rows, given the columns before it.
 
         Args:
@@ -409,6 +413,13 @@ class TableModel(nn.Module):
             state: What the simple model has read.
             atoms: Whether point masses have their probability.
         """
+        law = self._law(t, features, state, atoms)
+        region = self.regions.at.get(self.num_given + t)
+        return law if region is None else restrict(law, region)
+
+    def _law(
+        self, t: int, features: Tensor, state: State | None, atoms: bool
+    ) -> Labels | Numbers:
         (kind, i), c = self.place[t], self.targets[t]
         rows = [m * self.sizes[kind] + i for m in range(self.members)]
         out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i).cpu()
@@ -419,6 +430,12 @@ class TableModel(nn.Module):
             return labels_of(c, out, known, alpha)
         simple = q.predict(j, state) if q is not None and state is not None else None
         return numbers_of(c, out, self.bins[0], simple, alpha, atoms=atoms)
+
+    def within(self, regions: Regions) -> TableModel:
+        """The same model of rows that lie in regions; its laws there are restricted."""
+        out = copy.copy(self)
+        out.regions = regions
+        return out
 
     def walk(self, values: Tensor) -> Iterator[tuple[int, Tensor, Labels | Numbers]]:
         """Yield (place, column of values, conditional) for each target of rows, shape (N, D)."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from pyroflows.density.conditionals import Conditional, Labels, Numbers
+from pyroflows.density.restricted import Guessed, PointsWithin, Regions, Restricted, may_miss
+from pyroflows.tables.conditions import Codes, Points
 
 if TYPE_CHECKING:
     from pyroflows.density.model import TableModel
@@ -32,6 +34,7 @@ ROUNDS = 6  # grids tried
 NOISE = 0.03  # nats of error at which draws are enough
 BATCHES = 16  # independent batches of draws, at most
 MOST = 16384  # draws of one row, at most, where they are to be completions
+APART = 1_000_003  # columns at most; beyond their numbers lie those of candidates
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -157,6 +160,13 @@ class Particles:
             which = torch.arange(len(at)).repeat_interleave(count)[good]
             self.leaf[new], self.node[new] = which + leaf, node
 
+    @property
+    def values(self) -> Tensor:
+        """The rows in the schema's order, shape (P, D)."""
+        out = torch.empty_like(self.raw)
+        out[:, self.model.order] = self.raw
+        return out
+
     def total(self, count: int) -> Tensor:
         """Log of the summed weights of each of ``count`` rows."""
         return _log_sums(self.log_w, self.row, count)
@@ -245,21 +255,37 @@ class _Grid:
 def gaps(model: TableModel, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which cells are to be filled in, shape (N, D) in model order.
 
-    Also the place of each row's last observed target, -1 if no gap comes before it; and by how
-    many particles its gaps are enumerated, infinity if they cannot be.
+    Also the place of each row's last observed target, or of one within a region, -1 if no gap
+    comes before it; and by how many particles its gaps are enumerated, infinity if they cannot be.
     """
     missing = values[:, model.order].isnan()
     missing[:, : model.num_given] = False
     place = torch.arange(missing.shape[1])
-    seen = ~missing & (place >= model.num_given)
+    within = torch.isin(place, torch.tensor(list(model.regions.at), dtype=torch.long))
+    within = within | (model.regions.late is not None)
+    seen = (~missing | within) & (place >= model.num_given)
     last = torch.where(seen, place, -1).amax(1)
     inner = missing & (place < last[:, None])
-    label = torch.tensor([c.is_label for c in model.cells])
-    size = [math.log(len(c.group) + 1) if c.is_label else math.log(120) for c in model.cells]
-    leaves = (inner * torch.tensor(size, dtype=torch.float64)).sum(1)
-    exact = ((inner & ~label).sum(1) <= 1) & (leaves <= math.log(LEAVES))
+    sizes = [_outcomes(model, i) for i in range(len(place))]
+    few = torch.tensor([math.isfinite(size) for size in sizes])
+    size = torch.tensor([size if math.isfinite(size) else 120.0 for size in sizes])
+    leaves = (inner * size.double().log()).sum(1)
+    exact = ((inner & ~few).sum(1) <= 1) & (leaves <= math.log(LEAVES))
+    if not model.regions.summable:
+        exact &= False
     leaves = torch.where(exact, leaves.exp(), torch.inf)
-    return missing, torch.where(inner.any(1), last, -1), leaves
+    needed = (missing & (within | (place < last[:, None]))).any(1)
+    return missing, torch.where(needed, last, -1), leaves
+
+
+def _outcomes(model: TableModel, i: int) -> float:
+    """Values that a gap in column i can have, infinity for any number."""
+    region, cells = model.regions.at.get(i), model.cells[i]
+    if isinstance(region, Points):
+        return len(region.values)
+    if isinstance(region, Codes):
+        return int(region.allowed.sum()) + 1
+    return len(cells.group) + 1 if cells.is_label else math.inf
 
 
 def _enumerated(
@@ -275,12 +301,21 @@ def _enumerated(
             continue
         c = p.conditional(t, at)
         gap = p.raw[at, i].isnan()
-        p.log_w[at[~gap]] += _weight(c[~gap], p.raw[at[~gap], i], leave)
+        if not gap.all():
+            p.log_w[at[~gap]] += _weight(c[~gap], p.raw[at[~gap], i], leave)
         if not gap.any():
             continue
         c, at = c[gap], at[gap]
+        if isinstance(c, Restricted):
+            p.log_w[at] += c.total(leave)
+            inner = i < last[p.row[at]]  # the last cell is drawn when all else is
+            c, at = c[inner], at[inner]
+            if not len(at):
+                continue
         leaf = None
-        if isinstance(c, Numbers):
+        if isinstance(c, PointsWithin):
+            x, log_p = c.table()
+        elif isinstance(c, Numbers):
             old = next((g for g in given if g.place == i), None)
             edges = c.grid(LEVELS) if old is None else old.edges
             x, log_p = c.nodes(edges)
@@ -289,7 +324,7 @@ def _enumerated(
         else:
             log_p = c.log_table()
             x = torch.arange(log_p.shape[1]).double().expand_as(log_p)
-        if leave and bool(model.cells[i].missing_seen):
+        if may_miss(c, leave):
             odds = c.odds.double().clamp(1e-7, 1 - 1e-7)[:, None]
             x = torch.cat([x, torch.full_like(odds, torch.nan)], 1)
             log_p = torch.cat([log_p + torch.log1p(-odds), odds.log()], 1)
@@ -399,11 +434,12 @@ def _simulated(
     *,
     batch: int = 0,
     leave: bool = False,
+    resample: bool = True,
 ) -> tuple[Particles, Tensor, Tensor]:
     """Sequential Monte Carlo over the gaps before ``last``: ``size`` particles to a row.
 
-    A gap is drawn from its conditional, an observed cell weighs the particles; they are resampled
-    where their effective number falls below half.
+    A gap is drawn from its conditional, an observed cell or the region of a drawn one weighs the
+    particles; they are resampled where their effective number falls below half.
 
     Returns:
         The particles, sorted by row; the log-evidence, shape (N,); the effective number of
@@ -421,10 +457,15 @@ def _simulated(
         gap = p.raw[at, i].isnan()
         if gap.any():
             hole = at[gap]
-            p.fill(i, hole, _drawn(c[gap], uniforms, rows[p.row[hole]], draw[hole], i, leave))
-        if gap.all():
+            x, log_p = _proposed(c[gap], uniforms, rows[p.row[hole]], draw[hole], i, leave)
+            p.fill(i, hole, x)
+            p.log_w[hole] += log_p
+        if gap.all() and not isinstance(c, Restricted):
             continue
-        p.log_w[at[~gap]] += _weight(c[~gap], p.raw[at[~gap], i], leave)
+        if not gap.all():
+            p.log_w[at[~gap]] += _weight(c[~gap], p.raw[at[~gap], i], leave)
+        if not resample:
+            continue
         log_w = p.log_w.view(n, size)
         total = log_w.logsumexp(1)
         share = (log_w - total[:, None]).exp()
@@ -438,10 +479,25 @@ def _simulated(
             p.take(index.view(-1))
             known[which] += total[which]
             p.log_w.view(n, size)[which] = -math.log(size)
+    if model.regions.late is not None:
+        p.log_w[~model.regions.late(p.values)] = -torch.inf
     total = p.total(n)
     share = (p.log_w - total[p.row]).exp().nan_to_num(0.0)
     root = torch.zeros(n * size, dtype=torch.float64).index_add_(0, p.root, share)
     return p, known + total, 1 / root.view(n, size).square().sum(1).clamp_min(1e-300)
+
+
+def _proposed(
+    c: Any, uniforms: Uniforms, row: Tensor, draw: Tensor, i: int, leave: bool
+) -> tuple[Tensor, Tensor | float]:
+    """Values of column i, and what a region weighs them by."""
+    if isinstance(c, Guessed):
+        x, log_p = c.propose(lambda k: uniforms(row, draw, i + (k + 1) * APART, 6))
+        if leave and bool(c.cells.missing_seen):
+            log_p = log_p + torch.log1p(-c.odds.double().clamp(1e-7, 1 - 1e-7))
+        return x, log_p
+    x = _drawn(c, uniforms, row, draw, i, leave)
+    return x, c.total(leave) if isinstance(c, Restricted) else 0.0
 
 
 def _drawn(
@@ -455,7 +511,7 @@ def _drawn(
 ) -> Tensor:
     """Values of column i, NaN where the cell stays missing."""
     x = c.sample(uniforms(row, draw, i, 0), uniforms(row, draw, i, 1), lattice=lattice)
-    if leave and bool(c.cells.missing_seen):
+    if may_miss(c, leave):
         x = torch.where(uniforms(row, draw, i, 2) < c.odds, torch.nan, x)
     return x
 
@@ -499,6 +555,7 @@ def evidence(
     hard = rows[leaves[rows].isinf()]
     sums: list[Tensor] = []
     uniforms = Uniforms(0, strata=draws)
+    rare = bool(model.regions) and model.regions.smooth
     while len(hard) and len(sums) < BATCHES:
         new = torch.full((len(values),), -torch.inf, dtype=torch.float64)
         for part in _chunks(model, hard, draws):
@@ -514,7 +571,13 @@ def evidence(
         ratio = torch.where(mean.isfinite(), every - mean, 0.0).exp()  # what cannot be is exact
         out.evidence[hard] = mean
         out.error[hard] = ratio.std(0) / math.sqrt(len(sums))
-        hard = hard[out.error[hard] > NOISE]
+        hard = hard[(out.error[hard] > NOISE) | (rare & out.evidence[hard].isinf())]
+    for r in hard[:, None] if rare else ():
+        runs = [tempered(model, values[r], last[r], 2048, Uniforms(k), r)[1] for k in range(4)]
+        each = torch.stack(runs)
+        out.evidence[r] = each.logsumexp(0) - math.log(len(runs))
+        ratio = torch.where(each.isfinite(), each - out.evidence[r], 0.0).exp()
+        out.error[r] = ratio.std(0) / math.sqrt(len(runs))
     return rows, out.evidence[rows], out.error[rows]
 
 
@@ -551,12 +614,112 @@ def cloud(
             p, log_p, effective = _simulated(
                 model, values[part], last[part], count, uniforms, part, leave=leave
             )
-            poor = (effective < max(50, size)) & (4 * count <= MOST) & log_p.isfinite()
+            few = effective < max(50, size)
+            poor = few & (4 * count <= MOST) & (log_p.isfinite() | bool(model.regions))
+            rare = few & ~poor & bool(model.regions) & model.regions.smooth
             out.evidence[part], out.effective[part] = log_p, effective
-            out.add(p, part, ~poor, *_intervals(p, []))
+            out.add(p, part, ~poor & ~rare, *_intervals(p, []))
             more.append(part[poor])
+            for r in part[rare][:, None]:
+                p, log_p, effective = tempered(model, values[r], last[r], size, uniforms, r, leave)
+                out.evidence[r], out.effective[r] = log_p, effective
+                out.add(p, r, torch.ones(1, dtype=torch.bool), *_intervals(p, []))
         hard, count = torch.cat(more), 4 * count
     return out.close()
+
+
+# ---------------------------------------------------------------------- rare regions
+
+
+class _Table:
+    """Uniform numbers of draws by place, from normal ones of shape (P, columns, 3)."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.u = torch.special.ndtr(z).clamp(1e-16, 1 - 1e-16)
+
+    def __call__(self, row: Tensor, draw: Tensor, column: int, kind: int = 0) -> Tensor:
+        return self.u[draw, column, kind]
+
+
+def tempered(
+    model: TableModel,
+    values: Tensor,
+    last: Tensor,
+    size: int,
+    uniforms: Uniforms,
+    row: Tensor,
+    leave: bool = False,
+) -> tuple[Particles, Tensor, Tensor]:
+    """Particles of one row whose regions or cells are rare, by raising the weights to powers.
+
+    The random numbers behind a particle are moved, which a particle is a function of: from their
+    own law, normal, by powers of the weight that rise from 0 to 1 as fast as half of the particles
+    stay effective (Del Moral, Doucet, Jasra 2006); then moves of some columns by some length that
+    leave the power's law as it is (Cotter, Roberts, Stuart, White 2013, eq. 4.4). A pass over the
+    columns each, some tens of them.
+
+    Returns:
+        As :func:`_simulated` does, for one row.
+    """
+    size = max(2048, min(size, MOST))
+    seed = uniforms(row, torch.zeros_like(row), 0, 7) * 2**53
+    generator = torch.Generator().manual_seed(int(seed))
+
+    def normal() -> Tensor:
+        shape = size, len(model.cells), 3
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def run(z: Tensor) -> tuple[Particles, Tensor]:
+        table: Any = _Table(z)
+        p = _simulated(model, values, last, size, table, row, leave=leave, resample=False)[0]
+        return p, p.log_w + math.log(size)
+
+    z = normal()
+    p, log_w = run(z)
+    power, total = 0.0, torch.zeros(1, dtype=torch.float64)
+    while power < 1 and bool((log_w > -torch.inf).any()):
+        step = _next_power(log_w, 1 - power)
+        power = min(power + step, 1.0)
+        raised = torch.where(log_w > -torch.inf, step * log_w, -torch.inf)
+        total += raised.logsumexp(0) - math.log(size)
+        pick = _systematic(raised.softmax(0)[None], size, uniform(1))[0]
+        z, log_w = z[pick], log_w[pick]
+        for length in LENGTHS:
+            some = uniform(*z.shape) < 0.5
+            moved = math.sqrt(1 - length**2) * z + length * normal()
+            other = torch.where(some, moved, z)
+            new = run(other)[1]
+            better = uniform(size).log() < power * (new - log_w)
+            z = torch.where(better[:, None, None], other, z)
+            log_w = torch.where(better, new, log_w)
+    if power < 1:
+        total -= torch.inf
+    p = run(z)[0]
+    p.log_w[:] = -math.log(size)
+    return p, total, torch.full((1,), size / 2, dtype=torch.float64)
+
+
+LENGTHS = (1.0, 0.5, 0.25, 0.7, 0.35, 0.12)  # of the moves between two powers
+
+
+def _next_power(log_w: Tensor, most: float) -> float:
+    """The power of weights by which half of the particles stay effective, by bisection."""
+    finite = log_w[log_w > -torch.inf]
+
+    def effective(power: float) -> float:
+        share = (power * finite).softmax(0)
+        return 1 / float(share.square().sum())
+
+    low, high = 0.0, most
+    if effective(high) >= len(finite) / 2:
+        return most
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if effective(middle) < len(finite) / 2 else (middle, high)
+    return max(high, 1e-6)
 
 
 def _picks(c: Cloud, n: int, count: int, uniforms: Uniforms) -> Tensor:
@@ -600,7 +763,7 @@ def _completed(
     last = gaps(model, values)[1] if leave else torch.full((len(values),), -1)
     for t, i in p.walk():
         between = column == i
-        hole = p.raw[:, i].isnan() & (i > last)
+        hole = p.raw[:, i].isnan() & ((i > last) | (i in model.regions.at))
         at = (between | hole).nonzero()[:, 0]
         if not len(at):
             continue
@@ -640,7 +803,7 @@ def complete(
     for rows in _chunks(model, torch.arange(n), max(count, 1)):
         few, mine = values[rows], uniforms.at(rows)
         c = cloud(model, few, count, mine, leave=leave)
-        _warn(c, count)
+        _warn(c, count, model.regions)
         *_, (*_, p) = _completed(model, c, len(few), count, mine, leave=leave, lattice=lattice)
         filled = torch.empty_like(p.raw)
         filled[:, model.order] = p.raw
@@ -670,15 +833,17 @@ def _averages(model: TableModel, values: Tensor, count: int, uniforms: Uniforms)
     n = len(values)
     gap, last, _ = gaps(model, values)
     c = cloud(model, values, count, uniforms)
-    _warn(c, 1)
+    _warn(c, 1, model.regions)
     result = values[:, model.order]
     for i, cells in enumerate(model.cells):
-        at = gap[:, i] & (i < last)
+        at = gap[:, i] & (i <= last)
         if at.any():
             result[:, i] = torch.where(at, _mean_of(c, i, cells, n), result[:, i])
-    alone = last < 0  # until a first gap has been drawn
+    place = torch.arange(gap.shape[1])
+    alone = ~(gap & (place < last[:, None])).any(1)  # until a first gap has been drawn
     for i, at, law, p in _completed(model, c, n, count, uniforms):
-        rows = (gap[:, i] & (i > last)).nonzero()[:, 0] if i >= 0 else at
+        rows = (gap[:, i] & (i >= last)).nonzero()[:, 0] if i >= 0 else at
+        rows = rows[torch.isin(rows, at // count)]
         if not len(rows):
             continue
         inner = torch.isin(at // count, rows).nonzero()[:, 0]
@@ -709,9 +874,15 @@ def _mean_of(c: Cloud, i: int, cells: Any, n: int) -> Tensor:
     return table.view(n, count).argmax(1).double()
 
 
-def _warn(c: Cloud, count: int) -> None:
+def _warn(c: Cloud, count: int, regions: Regions) -> None:
     """Say where cells are impossible, and where draws repeat each other."""
     if c.dead.any():
+        if c.dead.all() and regions:
+            told = "; ".join(f"{name!r} {words}" for name, words in regions.words.items())
+            raise ValueError(
+                f"no row fulfils the conditions {told}: together they are impossible, or too "
+                "improbable for any draw to meet them"
+            )
         warnings.warn(
             f"{int(c.dead.sum())} row(s) have observed cells outside the support of their column; "
             "their missing cells stay missing",

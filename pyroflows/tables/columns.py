@@ -360,6 +360,10 @@ class Column:
         """The inverse of :meth:`raw`."""
         return self._written(self._numbers(values))
 
+    def restored(self, numbers: np.ndarray) -> pd.Series:
+        """Cells from what :meth:`raw` makes of them, or from codes of labels."""
+        return self.decode(numbers) if self.kind == "categorical" else self.cells(numbers)
+
     def keyed(self, values: np.ndarray, rows: np.ndarray) -> pd.Series:
         """Fresh keys, which depend on whole rows (N, D), where ``values`` is not NaN."""
         assert self.keys is not None
