@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.checks import broadcast_batch, check_context, check_kind, check_value
-from pyroflows.memory import Entry, show_nan, tensors_of, untracked
+from pyroflows.memory import Entry, show_nan, tensors_of
+from pyroflows.numerics import plain
 from pyroflows.store import follow
 
 __all__ = ["Bijection", "Inverse"]
@@ -136,7 +137,7 @@ class Bijection(TransformModule):
 
         Remembered where that is sure to be right, else computed.
         """
-        tracked = not untracked()
+        tracked = plain()  # Python objects are no guide to values while a graph is recorded
         entry = self._entry  # read once: another thread may drop it
         if entry is not None and tracked:
             known = entry.input_of(self, value, inverse)

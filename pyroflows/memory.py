@@ -16,14 +16,9 @@ from torch import Tensor, nn
 
 from pyroflows.numerics import plain
 
-__all__ = ["Entry", "Twin", "show_nan", "tensors_of", "untracked"]
+__all__ = ["Entry", "Twin", "show_nan", "tensors_of"]
 
 T = TypeVar("T")
-
-
-def untracked() -> bool:
-    """Whether Python objects are no guide to values here, as when a graph is being recorded."""
-    return not plain()
 
 
 class Twin(Generic[T]):

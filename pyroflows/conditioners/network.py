@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.perceptron import perceptron
+from pyroflows.scalar import Params
 
 __all__ = ["Activation", "Conditioner", "Params", "default_hidden_dims"]
 
 Activation = Callable[[], nn.Module]
-Params = Tensor | tuple[Tensor, ...]
 
 _FEATURE_MAJOR_FROM = 5  # parameters for each scalar from which the feature-major layout pays
 

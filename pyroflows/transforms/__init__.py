@@ -10,7 +10,7 @@ from typing import Any
 import pyro.distributions.transforms as _stock
 
 from pyroflows.bijection import Bijection, Inverse
-from pyroflows.compose import Compose, as_bijection
+from pyroflows.compose import Compose, as_bijection, iterated
 from pyroflows.transforms.autoregressive import (
     Autoregressive,
     affine_autoregressive,
@@ -50,24 +50,14 @@ from pyroflows.transforms.image import (
     squeeze,
 )
 from pyroflows.transforms.linear import (
-    Householder,
     Linear,
-    MatrixExponential,
-    Permute,
     TriangularAffine,
     conditional_generalized_channel_permute,
-    conditional_householder,
     conditional_linear,
     conditional_lower_cholesky_affine,
-    conditional_matrix_exponential,
     generalized_channel_permute,
-    householder,
-    iterated,
     linear,
     lower_cholesky_affine,
-    matrix_exponential,
-    permute,
-    reverse,
 )
 from pyroflows.transforms.normalization import (
     ActNorm,
@@ -77,6 +67,15 @@ from pyroflows.transforms.normalization import (
     conditional_actnorm,
     conditional_batchnorm,
 )
+from pyroflows.transforms.orthogonal import (
+    Householder,
+    MatrixExponential,
+    conditional_householder,
+    conditional_matrix_exponential,
+    householder,
+    matrix_exponential,
+)
+from pyroflows.transforms.permutation import Permute, permute, reverse
 from pyroflows.transforms.residual import (
     Planar,
     Radial,

@@ -1,4 +1,4 @@
-"""What the classes of several families share."""
+"""What several of the transforms share: an axis, parameters that a context may set, triangles."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -11,10 +11,37 @@ from torch.distributions import constraints
 from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Activation, Dense
 
-__all__ = ["Along", "Parameters", "Triangle", "from_rows", "rows_along"]
+__all__ = [
+    "LOG_SCALE_BOUND",
+    "AxisBijection",
+    "Parameters",
+    "Triangle",
+    "axis_shape",
+    "from_rows",
+    "rows_along",
+]
+
+LOG_SCALE_BOUND = 16.0  # of a diagonal: e^16 is still harmless in float32
 
 
-class Along(Bijection):
+def axis_shape(input_dim: int | Sequence[int], dim: int) -> list[int]:
+    """Return the shape of an event, or only its length along ``dim`` if no more is known.
+
+    Raises:
+        ValueError: If ``dim`` is not negative, or ``input_dim`` is not positive or has not
+            ``-dim`` axes.
+    """
+    if dim >= 0:
+        raise ValueError(f"dim must be negative; got {dim}")
+    shape = [input_dim] if isinstance(input_dim, int) else list(input_dim)
+    if not isinstance(input_dim, int) and len(shape) != -dim:
+        raise ValueError(f"dim={dim} needs an event of {-dim} axes; got input_dim={input_dim}")
+    if min(shape) < 1:
+        raise ValueError(f"input_dim must be positive; got {input_dim}")
+    return shape
+
+
+class AxisBijection(Bijection):
     """A bijection that treats one axis of the event; the axes behind it may be of any size.
 
     Args:
@@ -30,13 +57,7 @@ class Along(Bijection):
     def __init__(
         self, input_dim: int | Sequence[int], dim: int = -1, *, context_dim: int = 0
     ) -> None:
-        if dim >= 0:
-            raise ValueError(f"dim must be negative; got {dim}")
-        shape = [input_dim] if isinstance(input_dim, int) else list(input_dim)
-        if not isinstance(input_dim, int) and len(shape) != -dim:
-            raise ValueError(f"dim={dim} needs an event of {-dim} axes; got input_dim={input_dim}")
-        if min(shape) < 1:
-            raise ValueError(f"input_dim must be positive; got {input_dim}")
+        shape = axis_shape(input_dim, dim)
         super().__init__(shape if len(shape) == -dim else None, context_dim=context_dim)
         self.dim, self.size = dim, shape[0]
         self.domain = self.codomain = constraints.independent(constraints.real, -dim)
@@ -94,7 +115,7 @@ class Parameters(nn.Module):
             activation=activation,
         )
 
-    def of(self, context: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    def at_context(self, context: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         """Return θ: ``num_params`` tensors of ``shape``, with the context's batch in front."""
         if context is None:
             return self.theta

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
-from pyroflows.bijection import Bijection
 from pyroflows.conditioners import Dense, default_hidden_dims
 from pyroflows.memory import Twin
 from pyroflows.scalar import Affine, ScalarMap, Shift, maps_of_part
+from pyroflows.transforms._common import AxisBijection, axis_shape
 from pyroflows.transforms._factories import conditional, spline_map
 from pyroflows.transforms.elementwise import Elementwise, elementwise
 
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 
-class Coupling(Bijection):
+class Coupling(AxisBijection):
     r"""Move one part of the event by a scalar map whose parameters the other part sets.
 
     .. math:: y_a = x_a, \qquad y_b = g\big(x_b;\, \theta(x_a, c)\big)
@@ -42,6 +41,7 @@ class Coupling(Bijection):
         mask: True where the event is moved; shape ``(n,)`` along ``dim``.
         dim: Negative axis that is split; the event has ``-dim`` axes.
         context_dim: Features of the context ``c``, shape ``(*batch, context_dim)``; 0 for none.
+        event_shape: Shape of the event where it is known, of ``-dim`` axes.
 
     Raises:
         ValueError: If the mask moves nothing or everything, or ``dim`` is not negative.
@@ -63,19 +63,12 @@ class Coupling(Bijection):
         *,
         dim: int = -1,
         context_dim: int = 0,
+        event_shape: Sequence[int] | None = None,
     ) -> None:
-        if dim >= 0:
-            raise ValueError(f"Coupling: dim must be negative; got {dim}")
-        mask = torch.as_tensor(mask, device="cpu").detach().bool()
-        if mask.dim() != 1 or mask.all() or not mask.any():
-            raise ValueError(
-                "Coupling: mask must be a vector that moves some entries and keeps some; "
-                f"got {mask.tolist()}"
-            )
-        super().__init__(mask.shape if dim == -1 else None, context_dim=context_dim)
-        self.scalar, self.conditioner, self.dim = scalar, conditioner, dim
-        self.size = len(mask)
-        self.domain = self.codomain = constraints.independent(constraints.real, -dim)
+        mask = check_mask(mask)
+        super().__init__(event_shape or len(mask), dim, context_dim=context_dim)
+        check_mask(mask, self.size)
+        self.scalar, self.conditioner = scalar, conditioner
         kept, moved = (~mask).nonzero().flatten(), mask.nonzero().flatten()
         for name, index in (
             ("kept_index", kept),
@@ -94,13 +87,10 @@ class Coupling(Bijection):
         super()._load_from_state_dict(*args, **kwargs)
         self._halves()
 
-    def _check(self, value: Tensor, event_dim: int, inverse: bool) -> None:
-        super()._check(value, event_dim, inverse)
-        if value.shape[self.dim] != self.size:
-            raise ValueError(
-                f"{type(self).__name__} expects {self.size} entries along dim {self.dim}; "
-                f"got values of shape {tuple(value.shape)}"
-            )
+    @property
+    def calls(self) -> tuple[float, float]:
+        """One network call in either direction."""
+        return 1, 1
 
     def _split(self, value: Tensor, halves: int) -> tuple[Tensor, Tensor]:
         """Return the kept and the moved part."""
@@ -137,6 +127,22 @@ def _find_halves(kept_index: Tensor, moved_index: Tensor) -> int:
     kept, moved = kept_index.tolist(), moved_index.tolist()
     front, behind = kept[-1] == len(kept) - 1, moved[-1] == len(moved) - 1
     return 1 if front else -1 if behind else 0
+
+
+def check_mask(mask: Tensor | Sequence[bool], size: int | None = None) -> Tensor:
+    """Return a mask as a boolean vector on the CPU.
+
+    Raises:
+        ValueError: If it is no vector (of ``size`` entries), or moves nothing or everything.
+    """
+    mask = torch.as_tensor(mask, device="cpu").detach().bool()
+    if size is not None and mask.shape != (size,):
+        raise ValueError(f"mask must have shape ({size},); got {tuple(mask.shape)}")
+    if mask.dim() != 1 or mask.all() or not mask.any():
+        raise ValueError(
+            f"mask must be a vector that moves some entries and keeps some; got {mask.tolist()}"
+        )
+    return mask
 
 
 def half_mask(input_dim: int, *, split_dim: int | None = None, swap: bool = False) -> Tensor:
@@ -191,13 +197,7 @@ def coupling(
     Raises:
         ValueError: If ``input_dim``, ``dim``, ``split_dim`` and ``mask`` do not fit together.
     """
-    event_shape = [input_dim] if isinstance(input_dim, int) else list(input_dim)
-    if dim >= 0:
-        raise ValueError(f"dim must be negative; got {dim}")
-    if len(event_shape) != -dim:
-        raise ValueError(f"dim={dim} needs an event of {-dim} axes; got input_dim={input_dim}")
-    if min(event_shape) < 1:
-        raise ValueError(f"input_dim must be positive; got {input_dim}")
+    event_shape = axis_shape([input_dim] if isinstance(input_dim, int) else input_dim, dim)
     n, rest = event_shape[0], event_shape[1:]
     if n == 1:
         return elementwise(
@@ -207,11 +207,7 @@ def coupling(
         if split_dim is not None and not 0 < split_dim < n:
             raise ValueError(f"split_dim must be between 1 and {n - 1}; got {split_dim}")
         mask = half_mask(n, split_dim=split_dim)
-    mask = torch.as_tensor(mask, device="cpu").bool()
-    if mask.shape != (n,):
-        raise ValueError(f"mask must have shape ({n},); got {tuple(mask.shape)}")
-    if mask.all() or not mask.any():
-        raise ValueError(f"mask must move some entries and keep some; got {mask.tolist()}")
+    mask = check_mask(mask, n)
     if hidden_dims is None:
         hidden_dims = default_hidden_dims(math.prod(event_shape), context_dim)
     scalar = maps_of_part(scalar, event_shape, mask.tolist(), dim)
@@ -224,9 +220,9 @@ def coupling(
         hidden_dims=hidden_dims,
         **network,
     )
-    result = Coupling(scalar, conditioner, mask, dim=dim, context_dim=context_dim)
-    result.event_shape = torch.Size(event_shape)
-    return result
+    return Coupling(
+        scalar, conditioner, mask, dim=dim, context_dim=context_dim, event_shape=event_shape
+    )
 
 
 def additive_coupling(

@@ -13,9 +13,9 @@ from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose, as_bijection
 from pyroflows.conditioners import Conv
 from pyroflows.scalar import Affine, ScalarMap, maps_of_part
-from pyroflows.transforms._common import Along
+from pyroflows.transforms._common import AxisBijection
 from pyroflows.transforms._factories import conditional
-from pyroflows.transforms.coupling import Coupling, half_mask
+from pyroflows.transforms.coupling import Coupling, check_mask, half_mask
 
 __all__ = [
     "Part",
@@ -88,7 +88,7 @@ class Squeeze(Bijection):
         return x, y.new_zeros(y.shape[:-3])
 
 
-class Part(Along):
+class Part(AxisBijection):
     r"""Apply a bijection to the last entries along an axis and leave the others alone.
 
     Nested, it makes multi-scale flows without bookkeeping: what an outer level leaves alone is its
@@ -222,9 +222,7 @@ def conv_coupling(
     """
     if channels < 2:
         raise ValueError(f"conv_coupling needs at least 2 channels; got {channels}. Squeeze first")
-    mask = half_mask(channels) if mask is None else torch.as_tensor(mask, device="cpu").bool()
-    if mask.shape != (channels,):
-        raise ValueError(f"mask must have shape ({channels},); got {tuple(mask.shape)}")
+    mask = check_mask(half_mask(channels) if mask is None else mask, channels)
     scalar = Affine(2.0) if scalar is None else scalar
     scalar = maps_of_part(scalar, [channels, 0, 0], mask.tolist(), -3)
     moved = int(mask.sum())

@@ -1,4 +1,4 @@
-"""Linear maps: permutations, PLU, triangular matrices, reflections, matrix exponentials."""
+"""Linear maps along an axis: a matrix in its PLU form, a triangular affine map."""
 
 import math
 from collections.abc import Sequence
@@ -11,13 +11,23 @@ from pyroflows.bijection import Bijection
 from pyroflows.compose import iterated
 from pyroflows.numerics import soft_bound
 from pyroflows.transforms._common import (
-    Along,
+    LOG_SCALE_BOUND,
+    AxisBijection,
     Parameters,
     Triangle,
     from_rows,
     rows_along,
 )
 from pyroflows.transforms._factories import conditional
+from pyroflows.transforms.orthogonal import (
+    Householder,
+    MatrixExponential,
+    conditional_householder,
+    conditional_matrix_exponential,
+    householder,
+    matrix_exponential,
+)
+from pyroflows.transforms.permutation import Permute, as_order, permute, reverse
 
 __all__ = [
     "Householder",
@@ -40,51 +50,8 @@ __all__ = [
     "reverse",
 ]
 
-LOG_SCALE_BOUND = 16.0  # of a diagonal: e^16 is still harmless in float32
 
-
-def _permutation(permutation: Sequence[int] | Tensor, size: int) -> Tensor:
-    order = torch.as_tensor(permutation, device="cpu").tolist()
-    if not isinstance(order, list) or sorted(order) != list(range(size)):
-        raise ValueError(f"permutation must be one of 0..{size - 1}; got {order}")
-    return torch.tensor(order, dtype=torch.long)
-
-
-class Permute(Along):
-    r"""Reorder the entries along an axis: :math:`y_i = x_{\pi(i)}`; the log-determinant is 0.
-
-    Args:
-        input_dim: Entries along ``dim``, or the shape of the event.
-        permutation: The order :math:`\pi`, kept as a buffer.
-        dim: Negative axis.
-
-    Raises:
-        ValueError: If ``permutation`` is none of ``input_dim`` entries.
-    """
-
-    permutation: Tensor
-    restore_index: Tensor
-
-    def __init__(
-        self,
-        input_dim: int | Sequence[int],
-        permutation: Sequence[int] | Tensor,
-        *,
-        dim: int = -1,
-    ) -> None:
-        super().__init__(input_dim, dim)
-        permutation = _permutation(permutation, self.size)
-        self.register_buffer("permutation", permutation)
-        self.register_buffer("restore_index", permutation.argsort())
-
-    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return x.index_select(self.dim, self.permutation), x.new_zeros(x.shape[: self.dim])
-
-    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return y.index_select(self.dim, self.restore_index), y.new_zeros(y.shape[: self.dim])
-
-
-class Linear(Along):
+class Linear(AxisBijection):
     r"""Multiply by a learnable matrix along an axis, in its PLU form.
 
     .. math:: y = P L U x, \qquad \log|\det| = \sum_i \log U_{ii}
@@ -126,14 +93,14 @@ class Linear(Along):
     ) -> None:
         super().__init__(input_dim, dim, context_dim=context_dim)
         d, self.bound = self.size, bound
-        order = _permutation(range(d) if permutation is None else permutation, d)
+        order = as_order(range(d) if permutation is None else permutation, d)
         self.register_buffer("permutation", order)
         self.register_buffer("restore_index", order.argsort())
         self.entries = Parameters(torch.zeros(1, d, d), context_dim=context_dim, **network)
 
     def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return L - 1, U and log diag U, with the context's batch in front."""
-        (entries,) = self.entries.of(context)
+        (entries,) = self.entries.at_context(context)
         log_diagonal = soft_bound(entries.diagonal(dim1=-2, dim2=-1), self.bound)
         return entries.tril(-1), entries.triu(1) + log_diagonal.exp().diag_embed(), log_diagonal
 
@@ -159,7 +126,7 @@ class Linear(Along):
         return from_rows(rows, y, self.dim), self._log_det(y, -log_diagonal)
 
 
-class TriangularAffine(Along):
+class TriangularAffine(AxisBijection):
     r"""A learnable lower-triangular affine map; it makes standard normal noise N(loc, L Lᵀ).
 
     .. math:: y = \mathrm{loc} + L x, \qquad \log|\det| = \sum_i \log L_{ii}
@@ -213,7 +180,7 @@ class TriangularAffine(Along):
         self.entries = Parameters(start, context_dim=context_dim, **network)
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        (entries,) = self.entries.of(context)
+        (entries,) = self.entries.at_context(context)
         raw = self.triangle(entries[..., self.size :])
         log_diagonal = soft_bound(raw.diagonal(dim1=-2, dim2=-1), self.bound)
         loc = entries[..., : self.size]
@@ -241,132 +208,6 @@ class TriangularAffine(Along):
         return from_rows(rows, y, -1), -log_diagonal.sum(-1).expand(y.shape[:-1])
 
 
-def reflect(x: Tensor, u: Tensor) -> Tensor:
-    r"""Reflect x at the plane orthogonal to u, :math:`x - 2 u (u \cdot x) / |u|^2`."""
-    norm2 = (u * u).sum(-1, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)
-    return x - (2 * (u * x).sum(-1, keepdim=True) / norm2) * u
-
-
-class Householder(Along):
-    r"""Reflections at learnable planes, one after the other: an orthogonal map.
-
-    .. math:: y = H_K \cdots H_1 x, \qquad H_k = 1 - 2 \frac{u_k u_k^T}{|u_k|^2}
-
-    O(K D) in either direction; with a context, which then sets every u, one network call. A single
-    reflection is never the identity, but two equal ones are: at initialization the planes are
-    random and equal in pairs, so an even K starts as the identity and an odd K as one random
-    reflection.
-
-    Args:
-        input_dim: Number of features D.
-        count_transforms: Number of reflections K; K = D reaches every orthogonal map of
-            determinant (-1)^D.
-        context_dim: Features of the context; 0 for none.
-        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
-
-    Raises:
-        ValueError: If ``count_transforms`` is not positive.
-
-    References:
-        Tomczak, Welling (2016), Improving variational auto-encoders using Householder flow.
-        arXiv:1611.09630
-    """
-
-    def __init__(
-        self, input_dim: int, count_transforms: int = 2, *, context_dim: int = 0, **network: Any
-    ) -> None:
-        super().__init__(input_dim, context_dim=context_dim)
-        if count_transforms < 1:
-            raise ValueError(f"count_transforms must be positive; got {count_transforms}")
-        planes = torch.randn((count_transforms + 1) // 2, input_dim)
-        start = planes.repeat_interleave(2, 0)[:count_transforms].unsqueeze(0)
-        self.normals = Parameters(start, context_dim=context_dim, **network)
-
-    def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_det = x.new_zeros(x.shape[:-1])
-        for u in self.normals.of(context)[0].unbind(-2):
-            x = reflect(x, u)
-        return x, log_det
-
-    def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_det = y.new_zeros(y.shape[:-1])
-        for u in reversed(self.normals.of(context)[0].unbind(-2)):
-            y = reflect(y, u)
-        return y, log_det
-
-
-class MatrixExponential(Along):
-    r"""Multiply by the exponential of a learnable matrix, which is always invertible.
-
-    .. math:: y = e^M x, \qquad x = e^{-M} y, \qquad \log|\det| = \operatorname{tr} M
-
-    One matrix exponential, O(D³), for each context in either direction, to the precision of the
-    dtype; with a context one network call. The identity at initialization.
-
-    Args:
-        input_dim: Number of features D.
-        bound: M is shrunk smoothly so that its Frobenius norm stays below ``bound``; far beyond
-            the default float32 overflows.
-        context_dim: Features of the context; 0 for none.
-        **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
-
-    Raises:
-        ValueError: If ``bound`` is not positive.
-
-    References:
-        Hoogeboom, Garcia Satorras, Tomczak, Welling (2020), The convolution exponential.
-        arXiv:2006.01910
-    """
-
-    def __init__(
-        self, input_dim: int, bound: float = 32.0, *, context_dim: int = 0, **network: Any
-    ) -> None:
-        super().__init__(input_dim, context_dim=context_dim)
-        if not bound > 0:
-            raise ValueError(f"bound must be positive; got {bound}")
-        self.bound = bound
-        start = torch.zeros(1, input_dim, input_dim)
-        self.weights = Parameters(start, context_dim=context_dim, **network)
-
-    def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        matrix = (-1 if inverse else 1) * self.weights.of(context)[0]
-        norm2 = (matrix * matrix).sum((-2, -1), keepdim=True)
-        matrix = matrix * torch.rsqrt(1 + norm2 / self.bound**2)
-        rows = rows_along(value, -1, batched=matrix.dim() > 2) @ torch.matrix_exp(matrix).mT
-        log_det = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return from_rows(rows, value, -1), log_det.expand(value.shape[:-1])
-
-
-# -------------------------------------------------------------------------------- factories
-
-
-def permute(
-    input_dim: int | Sequence[int],
-    permutation: Sequence[int] | Tensor | None = None,
-    dim: int = -1,
-) -> Permute:
-    """Return a fixed permutation along ``dim``: the given one, or if None a random one.
-
-    Args:
-        input_dim: Entries along ``dim``, or the shape of the event, of ``-dim`` axes.
-        permutation: Entry i of y is entry ``permutation[i]`` of x.
-        dim: Negative axis.
-
-    Raises:
-        ValueError: If the arguments do not fit together.
-    """
-    if permutation is None:
-        size = input_dim if isinstance(input_dim, int) else input_dim[0]
-        permutation = torch.randperm(size, device="cpu")
-    return Permute(input_dim, permutation, dim=dim)
-
-
-def reverse(input_dim: int | Sequence[int], dim: int = -1) -> Permute:
-    """Return the permutation that turns the order along ``dim`` around; see :func:`permute`."""
-    n = input_dim if isinstance(input_dim, int) else input_dim[0]
-    return Permute(input_dim, range(n - 1, -1, -1), dim=dim)
-
-
 def linear(
     input_dim: int | Sequence[int],
     hidden_dims: Sequence[int] | None = None,
@@ -388,25 +229,6 @@ def lower_cholesky_affine(
 ) -> TriangularAffine:
     """Return :class:`TriangularAffine`, y = loc + L x; loc and L start as given and learn."""
     return TriangularAffine(input_dim, loc, scale_tril, hidden_dims=hidden_dims, **kwargs)
-
-
-def householder(input_dim: int, count_transforms: int | None = None, **kwargs: Any) -> Householder:
-    """Return :class:`Householder`; ``count_transforms`` is even and above D / 2 if None."""
-    if count_transforms is None:
-        count_transforms = 2 * ((input_dim // 2 + 2) // 2)
-    return Householder(input_dim, count_transforms, **kwargs)
-
-
-def conditional_householder(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    count_transforms: int = 1,
-    **kwargs: Any,
-) -> Bijection:
-    """:func:`householder` with a context of ``context_dim`` features."""
-    kwargs.update(hidden_dims=hidden_dims)
-    return conditional(householder)(input_dim, context_dim, count_transforms, **kwargs)
 
 
 def generalized_channel_permute(
@@ -434,44 +256,6 @@ def conditional_generalized_channel_permute(
     """:func:`generalized_channel_permute` with a context, whose size comes first as in Pyro."""
     kwargs.update(hidden_dims=hidden_dims)
     return conditional(generalized_channel_permute)(channels, context_dim, **kwargs)
-
-
-def matrix_exponential(
-    input_dim: int,
-    iterations: int = 8,
-    normalization: str = "none",
-    bound: float | None = None,
-    **kwargs: Any,
-) -> MatrixExponential:
-    """Return :class:`MatrixExponential`.
-
-    The exponential is not truncated: ``iterations`` is taken for Pyro's sake and changes nothing.
-    ``bound=None`` stands for the default of the class.
-
-    Raises:
-        ValueError: If ``normalization`` is not "none", the only one there is.
-    """
-    if normalization != "none":
-        raise ValueError(f"normalization must be 'none'; got {normalization!r}. Use bound=")
-    if bound is not None:
-        kwargs.update(bound=bound)
-    return MatrixExponential(input_dim, **kwargs)
-
-
-def conditional_matrix_exponential(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    iterations: int = 8,
-    normalization: str = "none",
-    bound: float | None = None,
-    **kwargs: Any,
-) -> Bijection:
-    """:func:`matrix_exponential` with a context of ``context_dim`` features."""
-    kwargs.update(hidden_dims=hidden_dims)
-    return conditional(matrix_exponential)(
-        input_dim, context_dim, iterations, normalization, bound, **kwargs
-    )
 
 
 conditional_linear = conditional(linear)

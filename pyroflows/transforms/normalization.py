@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyroflows.numerics import functorch_active
 from pyroflows.scalar import Affine
-from pyroflows.transforms._common import Along, Parameters
+from pyroflows.transforms._common import LOG_SCALE_BOUND, AxisBijection, Parameters
 from pyroflows.transforms._factories import conditional
 
 __all__ = [
@@ -20,10 +20,8 @@ __all__ = [
     "conditional_batchnorm",
 ]
 
-LOG_SCALE_BOUND = 16.0
 
-
-class ActNorm(Along):
+class ActNorm(AxisBijection):
     r"""Scale and shift each feature; the first batch of data sets how.
 
     .. math:: y_i = e^{s_i} x_i + t_i, \qquad |s_i| < \mathrm{bound}
@@ -105,13 +103,13 @@ class ActNorm(Along):
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if self._may_initialize() and (inverse or torch.is_grad_enabled()):
             self._initialize(value if inverse else None)
-        params = self.affine.of(context)
+        params = self.affine.at_context(context)
         move = self.scalar.inverse if inverse else self.scalar.forward
         value, log_slope = move(value, params)
         return value, log_slope.flatten(self.dim).sum(-1)
 
 
-class BatchNorm(Along):
+class BatchNorm(AxisBijection):
     r"""Batch normalization, read from data to noise; from noise to data it is undone.
 
     .. math:: x = e^{g} \, \frac{y - m}{\sqrt{v + \epsilon}} + \beta
@@ -185,7 +183,7 @@ class BatchNorm(Along):
         return mean, var
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.scalar.inverse(x, self.affine.of(context))
+        x, log_slope = self.scalar.inverse(x, self.affine.at_context(context))
         var = self.moving_variance + self.epsilon
         return x * var.sqrt() + self.moving_mean, (log_slope + 0.5 * var.log()).sum(-1)
 
@@ -194,7 +192,9 @@ class BatchNorm(Along):
         if self.training:
             mean, var = self._batch_moments(y)
         var = var + self.epsilon
-        x, log_slope = self.scalar.forward((y - mean) * var.rsqrt(), self.affine.of(context))
+        x, log_slope = self.scalar.forward(
+            (y - mean) * var.rsqrt(), self.affine.at_context(context)
+        )
         return x, (log_slope - 0.5 * var.log()).sum(-1)
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pyroflows.bijection import Bijection
 from pyroflows.numerics import monotone_inverse
-from pyroflows.transforms._common import Along, Parameters, Triangle
+from pyroflows.transforms._common import AxisBijection, Parameters, Triangle
 from pyroflows.transforms._factories import conditional
-from pyroflows.transforms.linear import reflect
+from pyroflows.transforms.orthogonal import reflect
 
 __all__ = [
     "Planar",
@@ -41,7 +41,7 @@ def tanh_slope(x: Tensor) -> Tensor:
     return 4 * q / (1 + q).square()
 
 
-class Planar(Along):
+class Planar(AxisBijection):
     r"""Move x along one direction, by an amount that depends on its projection on another.
 
     .. math:: y = x + \hat u \tanh(w \cdot x + b), \qquad
@@ -77,7 +77,7 @@ class Planar(Along):
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return b, w, the bent u, and 1 + w · u."""
-        (vectors,) = self.vectors.of(context)
+        (vectors,) = self.vectors.at_context(context)
         b, u, w = vectors.split([1, self.size, self.size], -1)
         along = (w * u).sum(-1, keepdim=True)
         slope = positive_slope(along)
@@ -105,7 +105,7 @@ def _move_projection(p: Tensor, b: Tensor, slope: Tensor) -> tuple[Tensor, Tenso
     return p + (slope - 1) * t, torch.log(t * t + steep * slope)
 
 
-class Radial(Along):
+class Radial(AxisBijection):
     r"""Contract or expand around a point.
 
     .. math:: y = x + \frac{\beta}{\alpha + r} (x - x_0), \qquad r = |x - x_0|
@@ -132,7 +132,7 @@ class Radial(Along):
         self.vectors = Parameters(start, context_dim=context_dim, **network)
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        (vectors,) = self.vectors.of(context)
+        (vectors,) = self.vectors.at_context(context)
         alpha, slope, centre = vectors.split([1, 1, self.size], -1)
         return MIN_SLOPE + F.softplus(alpha), positive_slope(slope), centre
 
@@ -158,7 +158,7 @@ class Radial(Along):
         return x, -self._log_det(r, alpha, slope)
 
 
-class Sylvester(Along):
+class Sylvester(AxisBijection):
     r"""Planar maps along D orthogonal directions at once, coupled by triangular matrices.
 
     .. math:: y = x + Q R \tanh(S Q^T x + b), \qquad \det = \prod_i (1 + \tanh' R_{ii} S_{ii})
@@ -205,7 +205,7 @@ class Sylvester(Along):
 
     def _params(self, context: Tensor | None) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor]:
         """Return the normals of Q's reflections, R, S and b."""
-        (vectors,) = self.vectors.of(context)
+        (vectors,) = self.vectors.at_context(context)
         normals, r, s, b = vectors.split(self.sizes, -1)
         reflections = normals.unflatten(-1, (-1, self.size)).unbind(-2)
         return reflections, self._matrix(r), self._matrix(s), b
