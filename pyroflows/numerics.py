@@ -24,11 +24,13 @@ def soft_bound(raw: Tensor, bound: float) -> Tensor:
 
     Args:
         raw: Any shape.
-        bound: Half-width of the range.
+        bound: Half-width of the range; infinity leaves ``raw`` as it is.
 
     Returns:
         Same shape as ``raw``.
     """
+    if bound == math.inf:
+        return raw
     r = (raw / bound).clamp(-1e9, 1e9)  # r * r must not overflow in float32
     return bound * r * torch.rsqrt(1 + r * r)
 

@@ -12,6 +12,7 @@ in :mod:`pyroflows.splines` under the same contract; :mod:`pyroflows.families` m
 distributions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,8 +81,10 @@ class _Scaling:
     def _log_scale(self, raw: Tensor, sign: int = 1) -> Tensor:
         """Smooth, of slope one at 0 and never beyond ±bound.
 
-        Gradients never leave, scales never overflow.
+        Gradients never leave, scales never overflow; unless the bound is infinite.
         """
+        if self.bound == math.inf:
+            return raw if sign == 1 else -raw
         return (raw * (1 / self.bound)).tanh() * (sign * self.bound)
 
 
@@ -90,7 +93,7 @@ class Affine(_Scaling):
     """y = exp(s) x + t with |s| < bound, where s = bound tanh(raw / bound).
 
     Args:
-        bound: Largest |s|, in nats; the paper leaves s unbounded, which overflows.
+        bound: Largest |s|, in nats; infinity, as in the paper, lets scales overflow.
 
     Raises:
         ValueError: If ``bound`` is not positive.

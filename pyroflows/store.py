@@ -20,7 +20,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 
-__all__ = ["claim", "follow", "is_loaded", "register"]
+__all__ = ["claim", "follow", "holds", "is_loaded", "register"]
 
 
 class _Record:
@@ -107,6 +107,11 @@ def register(
     params = claim(name, module, whole=whole, inherit=inherit)
     values = {p: pyro.param(key, p) for key, p in params.items()}
     return {p: value for p, value in values.items() if value is not p}
+
+
+def holds(key: str, parameter: Tensor) -> bool:
+    """Whether the store's value of a key is this very parameter: nothing to claim then."""
+    return pyro.get_param_store()._params.get(key) is parameter
 
 
 def is_loaded(name: str) -> bool:

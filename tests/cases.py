@@ -14,6 +14,7 @@ from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
 from pyroflows.conditioners import Columns
 from pyroflows.families import CDF, LogisticMixture
+from pyroflows.packed import Packed
 from pyroflows.scalar import Affine, Chain, PerFeature, Shift
 from pyroflows.splines import LinearRational, RationalQuadratic
 
@@ -203,6 +204,12 @@ CASES: dict[str, Case] = {
             ]
         ),
         (4,),
+    ),
+    "packed": Case(
+        lambda c: Packed(
+            Compose([T.spline_coupling(3, None, [8], context_dim=c), T.lower_cholesky_affine(3)])
+        ),
+        (3,),
     ),
     "wrapped": Case(
         lambda c: Compose(

@@ -39,7 +39,7 @@ def make_regression_guide():
 
 
 def _flow(dim):
-    from pyroflows.guides.transport import posterior_flow
+    from pyroflows.recipes.posteriors import posterior_flow
 
     return posterior_flow(dim, num_layers=2)
 

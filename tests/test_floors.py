@@ -15,7 +15,7 @@ FLOORS = {
     "bijection": 1, "compose": 1, "checks": 1, "conditioners": 1, "store": 1, "constants": 1,
     "supports": 1, "substitution": 1,
     "transforms": 2, "bases": 2,
-    "flow": 3, "dequantization": 3, "divergence": 3, "univariate": 3,
+    "flow": 3, "packed": 3, "dequantization": 3, "divergence": 3, "univariate": 3,
     "recipes": 4, "training": 4,
     "guides": 5, "tables": 5, "density": 5,
     "arviz": 6, "diagnostics": 6, "plots": 6, "cli": 6,

@@ -135,9 +135,9 @@ def test_masks_and_scales_from_around():
 def test_transform_mean_and_variance():
     guide = AutoFlow(three, init_scale=0.3).setup()
     z = torch.zeros(guide.latent_dim)
-    torch.testing.assert_close(guide.transform(z), guide.transport.loc)
+    torch.testing.assert_close(guide.transform(z), guide.whitening.loc)
     posterior = guide.get_posterior()
-    torch.testing.assert_close(posterior.mean, guide.transport.loc, atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.mean, guide.whitening.loc, atol=1e-4, rtol=0)
     torch.testing.assert_close(
         posterior.variance, torch.full((guide.latent_dim,), 0.09), rtol=0.02, atol=0
     )

@@ -17,47 +17,14 @@ from torch import Tensor, nn
 
 from pyroflows import store
 from pyroflows.bijection import Bijection
-from pyroflows.compose import Compose, as_bijection
-from pyroflows.conditioners import Dense, Free
+from pyroflows.compose import as_bijection
 from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.sites import Site, Sites
 from pyroflows.guides.substitute import Substitute
-from pyroflows.guides.transport import who_moves
-from pyroflows.scalar import Affine
-from pyroflows.transforms.coupling import Coupling
-from pyroflows.transforms.elementwise import Elementwise
+from pyroflows.recipes.posteriors import local_flow
 
 __all__ = ["AmortizedFlow", "local_flow"]
-
-
-def local_flow(
-    latent_dim: int, context_dim: int, *, num_layers: int = 4, hidden_dim: int = 64
-) -> Bijection:
-    """The default conditional flow of a row's latents, the identity at the start.
-
-    Affine couplings, then an affine map whose parameters depend on the context alone.
-
-    The last map by itself is an amortized Gaussian; the couplings bend it. One network call per
-    layer and direction.
-    """
-    hidden, scalar = [hidden_dim, hidden_dim], Affine(5.0)
-    layers: list[Bijection] = []
-    if latent_dim > 1:
-        for mask in who_moves(latent_dim, num_layers):
-            moved = int(mask.sum())
-            net = Dense(
-                latent_dim - moved,
-                2,
-                moved,
-                context_dim=context_dim,
-                hidden_dims=hidden,
-                activation=nn.SiLU,
-            )
-            layers.append(Coupling(scalar, net, mask, context_dim=context_dim))
-    free = Free(2, latent_dim, context_dim=context_dim, hidden_dims=hidden, activation=nn.SiLU)
-    layers.append(Elementwise(scalar, free, [latent_dim], context_dim=context_dim))
-    return Compose(layers)
 
 
 class AmortizedFlow(SavedGuide):

@@ -20,12 +20,14 @@ from pyroflows import store
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose, as_bijection
 from pyroflows.guides.latent import LatentDensity
+from pyroflows.guides.legacy import upgrade_pickle, upgrade_state
 from pyroflows.guides.local import LocalNormals
-from pyroflows.guides.mixture import Mixture, MixtureNoise
+from pyroflows.guides.mixture import Mixture, MixtureNoise, Noise
 from pyroflows.guides.prefit import Gaussian, normal_points, prefit
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.sites import Placed, Sites
-from pyroflows.guides.transport import Transport, posterior_flow
+from pyroflows.guides.transport import Whitening, make_transport, start_vector
+from pyroflows.recipes.posteriors import posterior_flow
 
 __all__ = ["AutoFlow"]
 
@@ -130,22 +132,42 @@ class AutoFlow(SavedGuide, AutoContinuous):
     def _make_transport(self, loc: Tensor) -> None:
         full_rank = len(loc) <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
         flow = _make_flow(self._flow, len(loc))
-        self.transport = Transport(flow, loc, init_scale=self._init_scale, full_rank=full_rank)
-        self._parameters["packed"] = nn.Parameter(self.transport.initial.clone())
+        transport = make_transport(flow, loc, init_scale=self._init_scale, full_rank=full_rank)
+        self._parameters["packed"] = transport[0].release()  # not what the store has of that name
+        self.transport, self.noise = transport, Noise(loc)
 
     # ------------------------------------------------------------------------------------------
     # the posterior
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The noise, event shape ``(D,)``: standard normal, or a mixture that a pre-fit found."""
-        loc, mixture = self._modules["transport"].loc, self._modules["transport"].mixture
-        if mixture is not None:
-            return MixtureNoise(mixture)
-        held = self.__dict__.get("_base")
-        if held is None or held[0] is not loc:
-            unit = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc), validate_args=False)
-            held = self.__dict__["_base"] = (loc, unit.to_event(1))
+        return self.noise.distribution()
+
+    # Past PyroModule's attribute access, which would register every tensor below by itself:
+
+    @property
+    def vector(self) -> nn.Parameter:
+        """All trainable numbers of the flow, ``(P,)``: the parameter ``packed``."""
+        return self._parameters["packed"]  # type: ignore[return-value]
+
+    @property
+    def noise(self) -> Noise:
+        """Where the flow begins."""
+        return self._modules["noise"]  # type: ignore[return-value]
+
+    @property
+    def transport(self) -> Compose:
+        """The map from noise to unconstrained latents: a packed flow, then a fixed affine map."""
+        vector, held = self.vector, self.__dict__.get("_whole")
+        if held is None or held[0] is not vector:
+            packed, whitening = self._modules["transport"]  # type: ignore[misc]
+            held = self.__dict__["_whole"] = (vector, Compose([packed.at(vector), whitening]))
         return held[1]
+
+    @property
+    def whitening(self) -> Whitening:
+        """The fixed part of the map, which a pre-fit sets."""
+        return self._modules["transport"][1]  # type: ignore[index]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The map from noise to unconstrained latents, with the present parameters."""
@@ -155,18 +177,30 @@ class AutoFlow(SavedGuide, AutoContinuous):
                 "AutoFlow: the model has no latents outside of subsampled plates, so there is no "
                 "flow"
             )
-        # past PyroModule's attribute access, which would register every tensor below by itself
-        transport, packed = self._modules["transport"], self._parameters["packed"]
         if self._claim():
-            packed = self.packed
-        return transport.at(packed)
+            _ = self.packed  # tells Pyro
+        return self.transport
 
     def _claim(self) -> bool:
         """Within inference, make the name in Pyro's store this guide's; whether it is."""
-        inside = am_i_wrapped() and self._pyro_context.active
-        if inside:
+        if not (am_i_wrapped() and self._pyro_context.active):
+            return False
+        if "local" in self._modules:
             store.claim(self._pyro_name, self, whole=False, inherit=False)
-        return inside
+        elif not self._is_claimed():
+            store.claim(self._pyro_name, self, whole=False, inherit=False)
+            self.__dict__["_claimed"] = self._claims()
+        return True
+
+    def _claims(self) -> tuple[Tensor, ...]:
+        """What tells whether the guide is as it was when it claimed its name."""
+        return self.vector, self.whitening.loc, self.noise.locs
+
+    def _is_claimed(self) -> bool:
+        """Whether a claim would change nothing: it is a walk through all modules."""
+        pairs = zip(self.__dict__.get("_claimed", ()), self._claims(), strict=False)
+        same = [a is b for a, b in pairs]
+        return bool(same) and all(same) and store.holds(f"{self._pyro_name}.packed", self.vector)
 
     @property
     def transform(self) -> Bijection:
@@ -175,13 +209,12 @@ class AutoFlow(SavedGuide, AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """Distribution of the unconstrained latents, event shape ``(D,)``."""
-        transform = self.get_transform(*args, **kwargs)
-        vector, held = transform._parameters["vector"], self.__dict__.get("_posterior")
-        mixed = transform.mixture is not None
-        if mixed or held is None or held[0] is not vector or held[1] is not transform.loc:
-            made = FlowPosterior(self.get_base_dist(), [transform], validate_args=False)
-            held = self.__dict__["_posterior"] = (vector, transform.loc, made)
-        return held[2]
+        key = self.get_base_dist(), self.get_transform(*args, **kwargs)
+        held = self.__dict__.get("_posterior")
+        if held is None or any(a is not b for a, b in zip(key, held[0], strict=True)):
+            made = FlowPosterior(key[0], [key[1]], validate_args=False)
+            held = self.__dict__["_posterior"] = (key, made)
+        return held[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site; see :class:`~pyro.infer.autoguide.AutoContinuous`."""
@@ -274,7 +307,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
         """
         if not self.latent_dim:
             raise RuntimeError("AutoFlow: the model has no latents that the flow holds")
-        centre = self._modules["transport"].loc.clone()
+        centre = self.whitening.loc.clone()
         own = {s.name: s.value_shape for s in self.flow_sites}
         density = self._density(model, args, kwargs, list(own), centre)
         found = {s.name: s.value_shape for s in density.sites}
@@ -290,25 +323,20 @@ class AutoFlow(SavedGuide, AutoContinuous):
 
         Or from a mixture, whose components become those of the noise.
         """
-        transport = self._modules["transport"]
         if isinstance(found, Mixture):
-            loc, scale, noise = found.whitened()
-            transport.whiten(loc, scale)
-            transport.set_mixture(noise)
+            loc, scale, mixture = found.whitened()
         else:
-            transport.whiten(found.loc, found.scale_tril)
-            transport.set_mixture(None)
-        D = self.latent_dim
-        start = transport.initial.clone()
-        start[len(transport.parts) + D : len(transport.parts) + 2 * D] = 0.0
+            loc, scale, mixture = found.loc, found.scale_tril, None
+        self.whitening.fill(loc, scale)
+        self.noise.fill(mixture)
         with torch.no_grad():
-            self._parameters["packed"].copy_(start)
+            self.vector.copy_(start_vector(self.transport))
 
     def prefit(self, *args: Any, **kwargs: Any) -> Gaussian:
         """Fit a Gaussian (:func:`pyroflows.guides.prefit.prefit`) and start the flow from it."""
         self.setup(*args, **kwargs)
-        transport, density = self._modules["transport"], self.density(*args, **kwargs).frozen()
-        best, _, _ = prefit(density, transport.loc, full_rank=transport.full_rank)
+        density = self.density(*args, **kwargs).frozen()
+        best, _, _ = prefit(density, self.whitening.loc, full_rank=self.whitening.full_rank)
         self.place(best)
         return best
 
@@ -404,16 +432,16 @@ class AutoFlow(SavedGuide, AutoContinuous):
     @torch.no_grad()
     def _deviations(self) -> Tensor:
         """Draws of u − μ, symmetric in z, so that symmetric posteriors have exact medians."""
-        transport = self._modules["transport"]
-        z = normal_points(2048, self.latent_dim, like=transport.loc)
+        packed, whitening = self.transport
+        z = normal_points(2048, self.latent_dim, like=whitening.loc)
         z = torch.cat([z, torch.zeros_like(z[:1]), -z])
-        v, _ = transport.from_base(self._parameters["packed"], transport.noise(z))
-        return transport.spread(v)
+        v, _ = packed.forward_and_log_det(self.noise.points(z))
+        return whitening.spread(v)
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Medians and standard deviations of the unconstrained latents, ``(D,)`` each."""
         deviations = self._deviations()
-        return self._modules["transport"].loc + deviations.median(0).values, deviations.std(0)
+        return self.whitening.loc + deviations.median(0).values, deviations.std(0)
 
     @torch.no_grad()
     def quantiles(
@@ -441,7 +469,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
             below = ranks.floor().long()
             weight = (ranks - below).to(ordered).unsqueeze(-1)
             at = ordered[below].lerp(ordered[(below + 1).clamp(max=len(ordered) - 1)], weight)
-            values = self._constrain(self._modules["transport"].loc + at, args, kwargs)
+            values = self._constrain(self.whitening.loc + at, args, kwargs)
         for name in self.local or ():
             self._check_still(name)
             values[name] = self.local.quantiles(name, levels)
@@ -457,9 +485,25 @@ class AutoFlow(SavedGuide, AutoContinuous):
 
     def _whole_state(self) -> dict[str, Any]:
         state = super()._whole_state()
-        for memory in ("_base", "_posterior"):
+        for memory in ("_whole", "_posterior", "_claimed"):
             state.pop(memory, None)
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        upgrade_pickle(state, _modules_of)
+        super().__setstate__(state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        upgrade_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _modules_of(flow: Any, loc: Tensor, full_rank: bool) -> dict[str, nn.Module]:
+    """The modules of a guide, without the vector."""
+    transport = make_transport(flow, loc, full_rank=full_rank)
+    transport[0].release()
+    return {"transport": transport, "noise": Noise(loc)}
 
 
 class FlowPosterior(dist.TransformedDistribution):

@@ -87,7 +87,7 @@ def posterior_density(
     names = guided_sites(guide, args, kwargs)
     centre = None
     if isinstance(guide, AutoFlow) and guide.local is None and guide.latent_dim:
-        centre = guide._modules["transport"].loc.clone()
+        centre = guide.whitening.loc.clone()
     density = WholeDensity(model, args, kwargs, names=names, centre=centre)
     lacking = {
         name for name, site in density.trace(density.init_loc).nodes.items() if is_latent(site)

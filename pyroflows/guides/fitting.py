@@ -232,12 +232,12 @@ def _begin(
     result: FitResult,
 ) -> None:
     """Check model and guide, find a start of finite density, and pre-fit."""
-    packed, transport = guide._parameters["packed"], guide._modules["transport"]
-    fresh = torch.equal(packed, transport.initial)
+    whitening = guide.whitening
+    fresh = torch.equal(guide.vector, guide.transport[0].initial.to(guide.vector))
     if not (fresh if prefit_first is None else prefit_first):
         check_run(density.model, guide, density.args, density.kwargs)
         return
-    start = finite_start(density, transport.loc.clone())
+    start = finite_start(density, whitening.loc.clone())
     values = None if start is None else density.constrain(start)
     check_run(density.model, guide, density.args, density.kwargs, values)
     if start is None:
@@ -247,7 +247,7 @@ def _begin(
         )
     for _ in range(3):  # again where it leaves the middle of the turn of an angle
         before = density.centre
-        best = _prefit(density.frozen(), start, transport.full_rank, options, result)
+        best = _prefit(density.frozen(), start, whitening.full_rank, options, result)
         best.loc = density.recentre(best.loc)
         start = best.loc.to(start)
         moved = (density.centre - before)[density.circular].abs()
@@ -268,7 +268,7 @@ def _begin(
         result.prefit, options.temperature = mixture, 1.0  # the modes are there already
     elif temperature != 1.0:
         tempered = _Tempered(frozen, temperature)
-        result.prefit = _prefit(tempered, start, transport.full_rank, options, result)
+        result.prefit = _prefit(tempered, start, whitening.full_rank, options, result)
     guide.place(result.prefit)
 
 
@@ -385,15 +385,12 @@ def _shares(log_weights: Tensor, iwae: bool, along_path: bool) -> Tensor:
 
 
 def leaves_of(
-    transport: Any, packed: Tensor, lr: float, others: Sequence[Tensor] = ()
+    guide: AutoFlow, lr: float, others: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[float], torch.optim.Optimizer]:
     """Leaves, rates and Adam: the flow's own parameters at their own rate, and the affine map."""
-    cut = len(transport.parts)
-    leaves = [
-        part.detach().clone().requires_grad_() for part in packed.split([cut, len(packed) - cut])
-    ]
-    leaves += others
-    rates = [lr / transport.flow_rate] + [lr] * (len(leaves) - 1)
+    parts = guide.transport[0].leaves(guide.vector)
+    leaves = [part for part, _ in parts] + list(others)
+    rates = [lr / unit for _, unit in parts] + [lr] * len(others)
     return (
         leaves,
         rates,
@@ -408,19 +405,22 @@ class _FlowFit:
         self, density: LatentDensity, guide: AutoFlow, options: Options, result: FitResult
     ) -> None:
         self.density, self.guide, self.options, self.result = density, guide, options, result
-        self.packed, self.transport = guide._parameters["packed"], guide._modules["transport"]
+        self.vector, self.noise, self.whitening = guide.vector, guide.noise, guide.whitening
         self.others = _model_parameters(density)
-        leaves = leaves_of(self.transport, self.packed, options.lr, self.others)
-        self.leaves, self.rates, self.optimizer = leaves
+        self.leaves, self.rates, self.optimizer = leaves_of(guide, options.lr, self.others)
+        packed = guide.transport[0]
+        parts = self.leaves[: len(packed.groups)]
+        self.flow, self.fixed = packed.at(parts), packed.at([p.detach() for p in parts])
         # The path gradient costs an inverse pass and pays near the optimum: from the start for
         # the default flow, which is pre-fitted and cheap to invert, late for others, never where
         # the inverse takes a pass for each latent.
-        cheap = self.transport.inverts_cheaply
+        forward, inverse = packed.calls
+        cheap = inverse <= 2 * forward
         self.path_below = 0.0 if not cheap else 0.3 if guide._flow else math.inf
 
     def run(self) -> None:
         """Train, then keep what is better: the end or the beginning."""
-        began = _State([self.packed, *self.others])
+        began = _State([self.vector, *self.others])
         with torch.no_grad():
             before = self.log_weights()
         if not before.isfinite().any():
@@ -442,16 +442,16 @@ class _FlowFit:
 
     def log_weights(self, num: int = 1024) -> Tensor:
         """Log p - log q at fixed base points; -inf outside. Minibatches: eight fixed ones."""
-        transport = self.transport
-        z = transport.noise(normal_points(num, self.density.dim, like=transport.loc, seed=1))
-        v, log_det = transport.from_base(self.packed, z)
-        u = transport.loc + transport.spread(v)
+        whitening = self.whitening
+        z = self.noise.points(normal_points(num, self.density.dim, like=whitening.loc, seed=1))
+        v, log_det = self.flow._step(z, None, inverse=False)
+        u = whitening.loc + whitening.spread(v)
         if self.density.stochastic:
             parts = [self.density.frozen(k)(part) for k, part in enumerate(u.chunk(8))]
             log_p = torch.cat(parts)
         else:
             log_p = self.density(u)
-        log_q = transport.log_noise(z) - log_det - transport.log_det_scale
+        log_q = self.noise.log_prob(z) - log_det - whitening.log_det
         return torch.where(log_p.isfinite(), log_p, -math.inf) - log_q
 
     def is_worse(self, after: Tensor, before: Tensor) -> bool:
@@ -469,7 +469,7 @@ class _FlowFit:
     def train(self) -> None:
         """Follow the gradient for as long as the schedule says."""
         options, result = self.options, self.result
-        points = BasePoints(options.num_particles, self.density.dim, self.transport.loc)
+        points = BasePoints(options.num_particles, self.density.dim, self.whitening.loc)
         allowed = (options.max_gradients - result.num_gradients) // options.num_particles
         most = max(1, allowed if options.num_steps is None else min(options.num_steps, allowed))
         levels_off = (
@@ -485,32 +485,29 @@ class _FlowFit:
                 break
             heat = options.temperature ** (1 - step / num_anneal) if step < num_anneal else 1.0
             self.optimizer.zero_grad()
-            usable = self.gradient(self.transport.noise(points.draw()), factor, heat)
+            usable = self.gradient(self.noise.points(points.draw()), factor, heat)
             schedule.see(result.losses)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             if usable and clip(self.leaves):
                 self.optimizer.step()
-                with torch.no_grad():
-                    torch.cat(self.leaves[:2], out=self.packed)
         result.converged = schedule.converged
         result.num_gradients += len(result.losses) * options.num_particles
 
     def gradient(self, z: Tensor, factor: float, heat: float) -> bool:
         """Put the gradient at base points ``z`` into the leaves; whether there is one."""
-        transport, iwae, num = self.transport, self.options.iwae, len(z)
-        vector = torch.cat(self.leaves[:2])
-        v, log_det = transport.from_base(vector, z)
+        whitening, iwae, num = self.whitening, self.options.iwae, len(z)
+        v, log_det = self.flow._step(z, None, inverse=False)
         v_leaf = v.detach().requires_grad_()
         along_path = factor < self.path_below or (iwae and self.path_below > 0)
-        log_p = self.density(transport.loc + transport.spread(v_leaf)) / heat
-        log_q = transport.log_noise(z) - log_det.detach()
+        log_p = self.density(whitening.loc + whitening.spread(v_leaf)) / heat
+        log_q = self.noise.log_prob(z) - log_det.detach()
         lw = log_p.detach() - log_q
         inside = lw.isfinite()
         ok = inside
         if along_path:
-            z_back, log_det_back = transport.to_base(vector.detach(), v_leaf)
-            log_q = transport.log_noise(z_back) + log_det_back
+            z_back, log_det_back = self.fixed._step(v_leaf, None, inverse=True)
+            log_q = self.noise.log_prob(z_back) + log_det_back
             # where rounding spoils the inverse, the gradient is not to be trusted
             ok = ok & ((log_det_back + log_det).abs() < 0.1)
         share = _shares(lw.where(ok, -math.inf), iwae, along_path)
@@ -521,7 +518,7 @@ class _FlowFit:
         bound = lw[inside].logsumexp(0) - math.log(num)
         if not iwae and num_inside:
             bound = lw[inside].mean() + OUTSIDE * math.log(num_inside / num)
-        loss = -(bound + transport.log_det_scale).item() if num_inside else math.nan
+        loss = -(bound + whitening.log_det).item() if num_inside else math.nan
         self.result.losses.append(loss)
         if not count:
             return False
@@ -544,8 +541,8 @@ class _FlowFit:
         .. math:: \nabla \log q(\text{inside})
             = -\tfrac{q(\text{outside})}{q(\text{inside})} E_q[\nabla\log q \mid \text{outside}]
         """
-        z, log_det = self.transport.to_base(torch.cat(self.leaves[:2]), outside)
-        log_q = self.transport.log_noise(z) + log_det
+        z, log_det = self.flow._step(outside, None, inverse=True)
+        log_q = self.noise.log_prob(z) + log_det
         log_q = log_q[log_q.detach().isfinite()]
         if len(log_q):
             (OUTSIDE * log_q.sum() / num_inside).backward()
@@ -555,7 +552,7 @@ class _FlowFit:
         if not bool(ok.all()):
             for p in self.others:
                 p.grad = None
-            log_p = self.density(self.transport.loc + self.transport.spread(v[ok]))
+            log_p = self.density(self.whitening.loc + self.whitening.spread(v[ok]))
             if log_p.requires_grad:
                 log_p.backward(share[ok])
         for p in self.others:

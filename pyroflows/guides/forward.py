@@ -66,13 +66,13 @@ def fit_guide_to_draws(
     result, begun = FitResult(), time.process_time()
     with seeded(seed):
         guide.setup(*args, **kwargs)
-        transport, packed = guide._modules["transport"], guide._parameters["packed"]
+        whitening, vector, noise = guide.whitening, guide.vector, guide.noise
         u = (
             draws
             if isinstance(draws, Tensor)
             else guide.density(*args, **kwargs).unconstrain(draws)
         )
-        u = u.detach().to(transport.loc).reshape(-1, guide.latent_dim)
+        u = u.detach().to(whitening.loc).reshape(-1, guide.latent_dim)
         if len(u) <= guide.latent_dim + 1 or not u.isfinite().all():
             raise ValueError(
                 f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; "
@@ -90,44 +90,41 @@ def fit_guide_to_draws(
         guide.place(result.prefit)
         v = (
             torch.linalg.solve_triangular(factor.to(u), (u - mean).T, upper=False).T
-            if transport.full_rank
-            else (u - mean) / transport.scale
+            if whitening.full_rank
+            else (u - mean) / whitening.scale
         )
-        constant = transport.log_det_scale
+        constant = whitening.log_det
+        leaves, rates, optimizer = leaves_of(guide, lr)
+        flow = guide.transport[0].at(leaves)
 
-        def loss_of(vector: Tensor, index: Tensor) -> Tensor:
-            z, log_det = transport.to_base(vector, v[index])
-            return (
-                -(w[index] * (transport.log_noise(z) + log_det - constant)).sum() / w[index].sum()
-            )
+        def loss_of(index: Tensor) -> Tensor:
+            z, log_det = flow.inverse_and_log_det(v[index])
+            return -(w[index] * (noise.log_prob(z) + log_det - constant)).sum() / w[index].sum()
 
         order = torch.randperm(len(u), device=u.device)
         kept = int(held_out * len(u))
         valid, train = order[:kept], order[kept:]
-        leaves, rates, optimizer = leaves_of(transport, packed, lr)
         schedule, clip = Schedule(num_steps, window=0), GradientClipper()
-        best, best_loss = packed.detach().clone(), math.inf
+        best, best_loss = vector.detach().clone(), math.inf
         for step in range(num_steps):
             index = train[
                 torch.randint(len(train), (min(batch_size, len(train)),), device=u.device)
             ]
-            loss = loss_of(torch.cat(leaves), index)
+            loss = loss_of(index)
             optimizer.zero_grad()
             loss.backward()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * schedule.factor(step)
             if clip(leaves):
                 optimizer.step()
-                with torch.no_grad():
-                    torch.cat(leaves, out=packed)
             result.losses.append(loss.item())
             if kept and (step % 50 == 49 or step == num_steps - 1):
                 with torch.no_grad():
-                    now = loss_of(packed, valid).item()
+                    now = loss_of(valid).item()
                 if now < best_loss:
-                    best, best_loss = packed.detach().clone(), now
+                    best, best_loss = vector.detach().clone(), now
         if kept:
             with torch.no_grad():
-                packed.copy_(best)
+                vector.copy_(best)
     result.cpu_seconds = time.process_time() - begun
     return result

@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.guides.prefit import Gaussian, Target, climb, laplace, normal_points
 from pyroflows.guides.weights import OUTSIDE
 
-__all__ = ["Mixture", "MixtureNoise", "find_mixture"]
+__all__ = ["Mixture", "MixtureNoise", "Noise", "find_mixture"]
 
 
 @dataclass(repr=False)
@@ -125,6 +127,73 @@ class MixtureNoise(TorchDistribution):
         """Log-density."""
         log_prob = self.mixture.log_prob(value)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+class Noise(nn.Module):
+    """The noise of a guide: standard normal, or a mixture that a pre-fit found, in buffers.
+
+    Args:
+        like: Its dtype and device, and the number of latents D: shape ``(D,)``.
+    """
+
+    log_weights: Tensor
+    locs: Tensor
+    scale_trils: Tensor
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        dim = len(like)
+        self.register_buffer("log_weights", like.new_zeros(0))
+        self.register_buffer("locs", like.new_zeros(0, dim))
+        self.register_buffer("scale_trils", like.new_zeros(0, dim, dim))
+        self._made: tuple[Tensor, TorchDistribution] | None = None
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """The mixture; None for the standard normal."""
+        if not len(self.locs):
+            return None
+        return Mixture(self.log_weights, self.locs, self.scale_trils)
+
+    def fill(self, mixture: Mixture | None) -> None:
+        """Let the noise come from a mixture, or from the standard normal."""
+        for name, held in list(self._buffers.items()):
+            none = held.new_zeros(0, *held.shape[1:])
+            self._buffers[name] = none if mixture is None else getattr(mixture, name).to(held)
+
+    def points(self, normal: Tensor) -> Tensor:
+        """Draws from standard normal points, ``(S, D)``."""
+        mixture = self.mixture
+        return normal if mixture is None else mixture.points(normal)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density, ``(*batch, D)`` to ``(*batch)``."""
+        mixture = self.mixture
+        if mixture is not None:
+            return mixture.log_prob(z)
+        return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+
+    def distribution(self) -> TorchDistribution:
+        """It as Pyro's distribution, event shape ``(D,)``; made once."""
+        if self._made is None or self._made[0] is not self.locs:
+            mixture, zeros = self.mixture, self.locs.new_zeros(self.locs.shape[-1:])
+            unit = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
+            made = unit.to_event(1) if mixture is None else MixtureNoise(mixture)
+            self._made = self.locs, made
+        return self._made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A mixture has as many components as the file says; older files know of none."""
+        for name, held in list(self._buffers.items()):
+            found = state_dict.setdefault(prefix + name, held)
+            if found.shape != held.shape:
+                self._buffers[name] = held.new_zeros(found.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 # ---------------------------------------------------------------------------- finding it

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -150,13 +149,11 @@ class Triangle(nn.Module):
         self.register_buffer("index", self._index(None), persistent=False)
 
     def _index(self, device: torch.device | None) -> Tensor:
-        """Where each entry of a matrix lies in ``[0, *packed]``, ``(D²,)``."""
+        """Where each entry lies in the flattened matrix, ``(D (D + 1) / 2,)``."""
         n = self.size
         side = torch.triu_indices if self.upper else torch.tril_indices
         rows, columns = side(n, n, device=device)
-        index = torch.zeros(n, n, dtype=torch.long, device=device)
-        index[rows, columns] = torch.arange(1, len(rows) + 1, device=device)
-        return index.flatten()
+        return rows * n + columns
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Triangle":
         super()._apply(fn, recurse)
@@ -168,5 +165,7 @@ class Triangle(nn.Module):
         """Return the matrices, zero on the other side of the diagonal."""
         if self.index.device != packed.device:  # as after load_state_dict(assign=True)
             self.index = self._index(packed.device)
-        entries = F.pad(packed, (1, 0)).index_select(-1, self.index)
-        return entries.unflatten(-1, (self.size, self.size))
+        n = self.size
+        zeros = packed.new_zeros((*packed.shape[:-1], n * n))
+        entries = zeros.index_copy(-1, self.index, packed)
+        return entries.unflatten(-1, (n, n))

@@ -140,7 +140,7 @@ class TriangularAffine(AxisBijection):
         scale_tril: Initial L, shape ``(D, D)``, lower triangular with a positive diagonal; the
             identity if None.
         context_dim: Features of the context; 0 for none.
-        bound: Largest |log L_ii|, in nats.
+        bound: Largest |log L_ii|, in nats; infinity for none.
         **network: ``hidden_dims``, ``residual`` and ``activation`` of the context's network.
 
     Raises:
@@ -167,23 +167,27 @@ class TriangularAffine(AxisBijection):
                 f"TriangularAffine expects loc of shape ({d},) and scale_tril of shape "
                 f"({d}, {d}); got {tuple(loc.shape)} and {tuple(scale_tril.shape)}"
             )
-        ratio = scale_tril.diagonal().log() / bound
+        log_diagonal = scale_tril.diagonal().log()
+        ratio = log_diagonal / bound
         if not ratio.is_meta and not bool((ratio.abs() < 1).all()):
             raise ValueError(
                 f"TriangularAffine expects |log diag(scale_tril)| < {bound}; "
                 f"got a diagonal of {scale_tril.diagonal().tolist()}"
             )
-        raw = bound * ratio * (1 - ratio * ratio).rsqrt()  # undoes soft_bound
+        raw = log_diagonal * (1 - ratio * ratio).rsqrt()  # undoes soft_bound
         packed = (scale_tril.tril(-1) + raw.diag())[*torch.tril_indices(d, d)]
         self.triangle = Triangle(d)
         start = torch.cat([loc, packed]).unsqueeze(0)
         self.entries = Parameters(start, context_dim=context_dim, **network)
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        (entries,) = self.entries.at_context(context)
-        raw = self.triangle(entries[..., self.size :])
+        if context is None:
+            entries = self.entries.theta.flatten()  # a view, cheaper than iterating
+        else:
+            (entries,) = self.entries.at_context(context)
+        loc, packed = entries.split([self.size, entries.shape[-1] - self.size], -1)
+        raw = self.triangle(packed)
         log_diagonal = soft_bound(raw.diagonal(dim1=-2, dim2=-1), self.bound)
-        loc = entries[..., : self.size]
         return loc, raw.tril(-1) + log_diagonal.exp().diag_embed(), log_diagonal
 
     @property
@@ -198,14 +202,22 @@ class TriangularAffine(AxisBijection):
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         loc, scale_tril, log_diagonal = self._params(context)
-        rows = rows_along(x, -1, batched=scale_tril.dim() > 2) @ scale_tril.mT
-        return from_rows(rows, x, -1) + loc, log_diagonal.sum(-1).expand(x.shape[:-1])
+        if context is None:
+            y = x @ scale_tril.mT
+        else:
+            y = from_rows(rows_along(x, -1, batched=True) @ scale_tril.mT, x, -1)
+        return y + loc, log_diagonal.sum(-1).expand(x.shape[:-1])
 
     def _inverse_and_log_det(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         loc, scale_tril, log_diagonal = self._params(context)
-        rows = rows_along(y - loc, -1, batched=scale_tril.dim() > 2)
-        rows = torch.linalg.solve_triangular(scale_tril.mT, rows, upper=True, left=False)
-        return from_rows(rows, y, -1), -log_diagonal.sum(-1).expand(y.shape[:-1])
+        away, solve = y - loc, torch.linalg.solve_triangular
+        if context is None:
+            rows = away.reshape(-1, self.size)
+            x = solve(scale_tril.mT, rows, upper=True, left=False).reshape(y.shape)
+        else:
+            rows = rows_along(away, -1, batched=True)
+            x = from_rows(solve(scale_tril.mT, rows, upper=True, left=False), y, -1)
+        return x, -log_diagonal.sum(-1).expand(y.shape[:-1])
 
 
 def linear(
