@@ -57,6 +57,17 @@ def test_scores_of_both_kinds_are_bijections_with_exact_slopes(make):
     assert (x.diff() > 0).all()
 
 
+def test_edges_themselves_have_scores():
+    for seed in range(20):
+        values = np.random.default_rng(seed).normal(size=3000) ** 3
+        hist = Histogram.fit(values)
+        scores = NormalScores.of(hist)
+        at = torch.cat([hist.edges, hist.edges.nextafter(torch.tensor(torch.inf).double())])
+        s, log_slope = scores.inverse_and_log_det(at)
+        assert s.isfinite().all() and log_slope.isfinite().all()
+        assert scores(scores.scores).isfinite().all()
+
+
 def test_an_end_of_the_support_is_the_image_of_infinity():
     values = np.random.default_rng(0).exponential(size=4000)
     values[0] = 0.0

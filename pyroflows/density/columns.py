@@ -242,7 +242,8 @@ class NumberCells(nn.Module):
             torch.tensor(bool(len(held) < len(values))),
         )
 
-    def _atom(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def atom(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each value is an atom, and which."""
         same = x[:, None] == self.atoms
         return same.any(1), same.long().argmax(1) if len(self.atoms) else torch.zeros_like(
             x, dtype=torch.long
@@ -268,7 +269,7 @@ class NumberCells(nn.Module):
         """
         x = x.nan_to_num(float(self.loc))
         step = float(self.step) if lattice else 0.0
-        is_atom, which = self._atom(x)  # before rounding: an atom need not lie on the lattice
+        is_atom, which = self.atom(x)  # before rounding: an atom need not lie on the lattice
         if step:
             x = self.anchor + ((x - self.anchor) / step).round() * step
             cell, inside = self.hist.log_cell(x / self.unit, step / self.unit)
@@ -300,7 +301,7 @@ class NumberCells(nn.Module):
             parts += [*(angle.sin() / self.waves[:, None]), *(angle.cos() / self.waves[:, None])]
         parts = [torch.where(gone, 0.0, p) for p in parts]
         if len(self.atoms):
-            is_atom, which = self._atom(x)
+            is_atom, which = self.atom(x)
             parts += list(
                 F.one_hot(torch.where(is_atom, which + 1, 0), len(self.atoms) + 1)[:, 1:].T
             )
@@ -356,9 +357,7 @@ class NumberCells(nn.Module):
         """The place just before x that no probability separates from it, unless x carries some."""
         if self.step > 0:
             return x - self.step
-        return (
-            torch.where(self._atom(x)[0], torch.nextafter(x, x - 1), x) if len(self.atoms) else x
-        )
+        return torch.where(self.atom(x)[0], torch.nextafter(x, x - 1), x) if len(self.atoms) else x
 
     def keep(self, x: Tensor, *, lattice: bool = True) -> Tensor:
         """Inside the support, and on the lattice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -12,11 +13,27 @@ import torch
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Conventions", "NotFittedError"]
+__all__ = ["Conventions", "NotFittedError", "with_flow"]
 
 
 class NotFittedError(ValueError, AttributeError):
     """The estimator was used before ``fit``."""
+
+
+class with_flow:  # noqa: N801 - a decorator
+    """A method that an estimator has only with a flow: without one there is no such attribute."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method, self.__doc__ = method, method.__doc__
+
+    def __get__(self, estimator: Any, kind: type | None = None) -> Any:
+        if estimator is None:
+            return self.method
+        if estimator.flow is None:
+            raise AttributeError(
+                f"{self.method.__name__} needs a flow: DensityEstimator(flow='neural_spline')"
+            )
+        return self.method.__get__(estimator)
 
 
 class Conventions:

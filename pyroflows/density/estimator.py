@@ -7,7 +7,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from torch import Tensor
 from pyroflows.density import files
 from pyroflows.density.cellwise import score_columns
 from pyroflows.density.conditionals import Numbers
-from pyroflows.density.conventions import Conventions, NotFittedError
+from pyroflows.density.conventions import Conventions, NotFittedError, with_flow
 from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
+from pyroflows.density.flow_engine import FlowEngine
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
 from pyroflows.density.streaming import TableFile, shards_of
+from pyroflows.flow import Flow
 from pyroflows.tables import Schema, as_frame
 from pyroflows.tables.conditions import as_events, read_conditions
 from pyroflows.tables.inputs import check_half_known, fill_gaps, possible
@@ -58,6 +60,14 @@ class DensityEstimator(Conventions):
         schema: Changes to what the columns are taken for, e.g. ``{"price": {"step": None}, "zip":
             {"kind": "categorical"}, "id": {"kind": "key"}, "note": {"kind": "ignore"}}``; see
             :class:`pyroflows.tables.Column`. Keys are drawn afresh; what is ignored is left out.
+        flow: None for the model above; or a flow for the numbers, given labels and point masses,
+            which keep their model: the name of a recipe (``"neural_spline"``, ``"maf"``,
+            ``"realnvp"``, ``"nice"``, ``"glow"``, ``"iaf"``), of a size that suits the table, or
+            what makes a flow of ``(input_dim, context_dim)``. The table must have no missing
+            cells. See :class:`~pyroflows.density.flow_engine.FlowEngine`.
+        dequantization_draws: With a flow, points of a row's recording cells whose densities are
+            averaged where rows are scored: 1 for the bound of uniform dequantization, more for a
+            tighter one.
         constraints: What holds between columns of every row, e.g. ``["start < end", "a + b ==
             c"]``; see :mod:`pyroflows.tables.constraints`.
         missing: ``"ignore"``: missing cells are integrated out; ``"model"``: which cells are
@@ -97,6 +107,8 @@ class DensityEstimator(Conventions):
         given: Sequence[Any] | None = None,
         schema: Mapping[Any, Mapping[str, Any]] | None = None,
         constraints: Sequence[Any] | None = None,
+        flow: str | Callable[[int, int], Flow] | None = None,
+        dequantization_draws: int = 8,
         missing: str = "ignore",
         max_time: float = 90.0,
         max_steps: int | None = None,
@@ -113,6 +125,8 @@ class DensityEstimator(Conventions):
         self.given = given
         self.schema = schema
         self.constraints = constraints
+        self.flow = flow
+        self.dequantization_draws = dequantization_draws
         self.missing = missing
         self.max_time = max_time
         self.max_steps = max_steps
@@ -323,6 +337,7 @@ class DensityEstimator(Conventions):
     def _check_params(self) -> None:
         """Constructor arguments that have a range."""
         _count("draws", self.draws)
+        _count("dequantization_draws", self.dequantization_draws)
         for name in ("max_steps", "members", "hidden_dim", "batch_size"):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name))
@@ -365,7 +380,9 @@ class DensityEstimator(Conventions):
 
     def _engine(self) -> Engine:
         """A new engine with the settings of the constructor."""
-        return MixedEngine(self._settings())
+        if self.flow is None:
+            return MixedEngine(self._settings())
+        return FlowEngine(self._settings(), self.flow, self.dequantization_draws)
 
     def _settings(self) -> Settings:
         names = [field.name for field in dataclasses.fields(Settings)]
@@ -767,6 +784,58 @@ class DensityEstimator(Conventions):
             )
         return places
 
+    # ------------------------------------------------------------------ the flow
+
+    @property
+    def flow_(self) -> Flow:
+        """The fitted flow of the numbers, in data units; its context is :meth:`flow_context`."""
+        return self._flow_engine("flow_").flow
+
+    def flow_context(self, X: Any) -> Tensor | None:
+        """What the flow is told of rows: given columns, labels, and which atoms; float64."""
+        engine = self._flow_engine("flow_context")
+        return engine.context(self._encode(X))
+
+    @with_flow
+    def transform(self, X: Any) -> pd.DataFrame:
+        """The noise from which the flow makes the rows' numbers: standard normal, if it is right.
+
+        A value on a lattice counts as the middle of its recording cell, one at a point mass as
+        the median of its column.
+        """
+        import pandas as pd
+
+        engine, frame = self._flow_engine("transform"), self._frame(X)
+        noise = engine.noise(torch.from_numpy(self.schema_.encode(frame))).numpy()
+        names = [self.schema_.columns[j].name for j in engine.numbers.columns]
+        return pd.DataFrame(noise, index=frame.index, columns=names)
+
+    @with_flow
+    def inverse_transform(self, noise: Any, given: Any = None) -> Any:
+        """The rows that noise makes; undoes :meth:`transform`.
+
+        To rounding, and exactly on a lattice.
+
+        Args:
+            noise: Table or array of one column a number.
+            given: Rows with the given columns and labels, and with numbers where they are at a
+                point mass, which they keep; None where the flow has no context.
+        """
+        engine, noise = self._flow_engine("inverse_transform"), torch.as_tensor(np.array(noise))
+        values, index = np.full((len(noise), len(self.schema_)), np.nan), None
+        if given is not None:
+            frame = self._frame(given, partial=True)
+            values, index = self.schema_.encode(frame, partial=True), frame.index
+        rows = engine.from_noise(noise, torch.from_numpy(values)).numpy()
+        return self._wrapped(self.schema_.decode(rows, index=index))
+
+    def _flow_engine(self, what: str) -> FlowEngine:
+        if self.flow is None:
+            raise AttributeError(f"{what} needs a flow: DensityEstimator(flow='neural_spline')")
+        engine = self._ready()
+        assert isinstance(engine, FlowEngine)
+        return engine
+
     # ------------------------------------------------------------------ reports and files
 
     def summary(self) -> pd.DataFrame:
@@ -805,9 +874,17 @@ class DensityEstimator(Conventions):
             files.save(self, path)
 
     @classmethod
-    def load(cls, path: Any, *, device: str = "cpu") -> DensityEstimator:
-        """Read what :meth:`save` wrote; executes nothing from the file."""
-        return files.load(cls, path, device=device)
+    def load(
+        cls, path: Any, *, device: str = "cpu", flow: Callable[[int, int], Flow] | None = None
+    ) -> DensityEstimator:
+        """Read what :meth:`save` wrote; executes nothing from the file.
+
+        Args:
+            path: The file.
+            device: Where the networks go.
+            flow: The callable that the model was fitted with, if it was one.
+        """
+        return files.load(cls, path, device=device, flow=flow)
 
 
 def _times(column: Any, x: np.ndarray) -> Any:

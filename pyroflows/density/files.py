@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyroflows.density.engine import Engine
+from pyroflows.density.flow_engine import FlowEngine
 from pyroflows.density.header import check_header
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.tables import Schema
@@ -72,10 +73,11 @@ def read_header(path: Any) -> dict[str, Any]:
     return header
 
 
-def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
+def load(kind: Any, path: Any, *, device: str = "cpu", flow: Any = None) -> Any:
     """Read a fitted estimator of class ``kind``.
 
-    The header is checked against the tensors before anything is built from it.
+    The header is checked against the tensors before anything is built from it. ``flow`` is the
+    callable with which it was fitted, if it was one: files hold no code.
 
     Raises:
         ValueError: If the file is none, or damaged, naming the part.
@@ -83,20 +85,28 @@ def load(kind: Any, path: Any, *, device: str = "cpu") -> Any:
     from safetensors.torch import load_file
 
     header = read_header(path)
+    if header.get("engine") == FlowEngine.tag and header.get("flow") is None and flow is None:
+        raise ValueError(
+            f"{path} was fitted with a callable flow=, which files do not hold: pass it again, "
+            "DensityEstimator.load(path, flow=...)"
+        )
     tensors = load_file(str(path))
     try:
         check_header(header)
         schema = Schema.from_json(header["schema"], from_json(header.get("index_names", [None])))
-        engine = _engine(header.get("engine", "mixed")).from_state(schema, tensors, header)
-        return _estimator(kind, header, schema, engine.to(device))
+        known = {**header, "make": flow}
+        engine = _engine(header.get("engine", "mixed")).from_state(schema, tensors, known)
+        out = _estimator(kind, header, schema, engine.to(device))
+        return out if flow is None else out.set_params(flow=flow)
     except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _engine(tag: str) -> type[Engine]:
     """The class that wrote a file; files of before there were several name none."""
-    if tag == MixedEngine.tag:
-        return MixedEngine
+    for engine in (MixedEngine, FlowEngine):
+        if tag == engine.tag:
+            return engine
     raise ValueError(f"this pyroflows has no engine {tag!r}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyroflows.tables import Schema
 
-__all__ = ["check_header", "check_tensors"]
+__all__ = ["check_cells", "check_header", "check_sizes", "check_tensors", "claim"]
 
 FIELDS: dict[str, type | tuple[type, ...]] = dict(
     schema=list,
@@ -33,42 +33,70 @@ def check_header(header: Mapping[str, Any]) -> None:
         ValueError: Naming the field.
     """
     for name, kind in FIELDS.items():
-        _claim(isinstance(header.get(name), kind), f"field {name!r} is missing or of a wrong type")
+        claim(isinstance(header.get(name), kind), f"field {name!r} is missing or of a wrong type")
     d = len(header["schema"])
-    _claim(
+    claim(
         all(_whole(i) for i in header["order"]) and sorted(header["order"]) == list(range(d)),
         f"order is no permutation of the {d} columns",
     )
-    _claim(_whole(header["num_given"]) and 0 <= header["num_given"] < d, "num_given is no count")
+    claim(_whole(header["num_given"]) and 0 <= header["num_given"] < d, "num_given is no count")
     if header.get("engine", "mixed") == "mixed":
         _check_mixed(header)
+    else:
+        _check_flow(header)
     for name in ("score_quantiles", "column_nats"):
-        _claim(all(isinstance(v, (int, float)) for v in header[name]), f"{name} are no numbers")
-    _claim(len(header["score_quantiles"]) == 201, "there are not 201 score_quantiles")
-    _claim(len(header["column_nats"]) == d - header["num_given"], "column_nats do not fit")
-    _claim(set(header["history"]) == {"columns", "data"}, "history is no table")
+        claim(all(isinstance(v, (int, float)) for v in header[name]), f"{name} are no numbers")
+    claim(len(header["score_quantiles"]) == 201, "there are not 201 score_quantiles")
+    claim(len(header["column_nats"]) == d - header["num_given"], "column_nats do not fit")
+    claim(set(header["history"]) == {"columns", "data"}, "history is no table")
     draws = header["params"].get("draws", 1)
-    _claim(_whole(draws) and 1 <= draws <= 10**6, "draws is no number of draws")
+    claim(_whole(draws) and 1 <= draws <= 10**6, "draws is no number of draws")
 
 
 def _check_mixed(header: Mapping[str, Any]) -> None:
     """Fields of the mixed model."""
-    _claim(isinstance(header.get("config"), dict), "field 'config' is missing or of a wrong type")
+    claim(isinstance(header.get("config"), dict), "field 'config' is missing or of a wrong type")
     d, config = len(header["schema"]), header["config"]
-    _claim(set(config) == {*SIZES, "dropout"}, f"config has fields {sorted(config)}")
-    _claim(all(_whole(config[k]) and config[k] >= 1 for k in SIZES), "config has no sizes")
+    claim(set(config) == {*SIZES, "dropout"}, f"config has fields {sorted(config)}")
+    claim(all(_whole(config[k]) and config[k] >= 1 for k in SIZES), "config has no sizes")
     dropout = config["dropout"]
-    _claim(isinstance(dropout, (int, float)) and 0 <= dropout < 1, "dropout is no probability")
+    claim(isinstance(dropout, (int, float)) and 0 <= dropout < 1, "dropout is no probability")
     _check_reads(header.get("reads"), header["num_given"], d)
+
+
+def _check_flow(header: Mapping[str, Any]) -> None:
+    """Fields of a flow and of its model of labels."""
+    claim(_whole(header.get("points")) and 1 <= header["points"] <= 10**4, "points is no count")
+    claim(isinstance(header.get("sizes"), dict), "field 'sizes' is missing or of a wrong type")
+    claim(header.get("flow") is None or isinstance(header["flow"], str), "flow is no name")
+    labels = header.get("labels")
+    claim(labels is None or isinstance(labels, dict), "labels is no model")
+    if labels is not None:
+        d = len(labels["schema"])
+        order = labels["order"]
+        claim(all(map(_whole, order)) and sorted(order) == list(range(d)), "labels have no order")
+        claim(_whole(labels["num_given"]) and 0 <= labels["num_given"] < d, "labels have no given")
+        _check_mixed(labels)
+
+
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Arguments of a flow's recipe: small whole numbers."""
+    known = {"hidden_dims", "num_transforms", "count_bins", "autoregressive"}
+    claim(set(sizes) <= known, f"sizes are no arguments of a recipe: {sorted(sizes)}")
+    hidden = sizes.get("hidden_dims", [])
+    claim(isinstance(hidden, list) and len(hidden) <= 64, "hidden_dims are no widths")
+    count, bins = sizes.get("num_transforms", 1), sizes.get("count_bins", 1)
+    claim(all(_whole(v) and 1 <= v <= 2**16 for v in [*hidden, count, bins]), "sizes are no sizes")
+    claim(count <= 64, f"a flow of {count} transforms")
 
 
 def _check_reads(reads: Any, num_given: int, d: int) -> None:
     """What networks of a wide table read: earlier places, in order."""
     if reads is None:
         return
-    _claim(isinstance(reads, list) and len(reads) == d - num_given, "reads do not fit the columns")
+    claim(isinstance(reads, list) and len(reads) == d - num_given, "reads do not fit the columns")
     for place, own in enumerate(reads, num_given):
-        _claim(
+        claim(
             isinstance(own, list)
             and all(_whole(i) and 0 <= i < place for i in own)
             and all(a < b for a, b in zip(own, own[1:], strict=False)),
@@ -85,14 +113,7 @@ def check_tensors(
         ValueError: Naming the tensor, what was expected and what came.
     """
     at = _Tensors(tensors)
-    features, bins, label = [], [], []
-    for i, j in enumerate(header["order"]):
-        column = schema.columns[j]
-        read = _label if column.is_label else _number
-        width, count = read(at, f"cell{i}.", max(len(column.levels), 1))
-        features.append(width)
-        bins.append(count)
-        label.append(column.is_label)
+    features, bins, label = _cells(at, header["order"], schema)
     inputs = sum(features)
     if header.get("reads") is not None:
         inputs = max(sum(features[i] for i in own) for own in header["reads"])
@@ -106,6 +127,28 @@ def check_tensors(
         for i, size in enumerate(sizes):
             at.shape(f"mixture.label{i}", k, size)
     at.nothing_else()
+
+
+def check_cells(tensors: Mapping[str, Tensor], order: list[int], schema: Schema) -> None:
+    """Names, types and shapes of the cells alone; errors as in :func:`check_tensors`."""
+    at = _Tensors(tensors)
+    _cells(at, order, schema)
+    at.nothing_else()
+
+
+def _cells(
+    at: _Tensors, order: list[int], schema: Schema
+) -> tuple[list[int], list[int], list[bool]]:
+    """Features and bins of the columns in an order, and which are labels."""
+    features, bins, label = [], [], []
+    for i, j in enumerate(order):
+        column = schema.columns[j]
+        read = _label if column.is_label else _number
+        width, count = read(at, f"cell{i}.", max(len(column.levels), 1))
+        features.append(width)
+        bins.append(count)
+        label.append(column.is_label)
+    return features, bins, label
 
 
 def _nets(
@@ -125,7 +168,7 @@ def _nets(
     at.shape("model.nets.w0", m * t, f, h)
     at.shape("model.nets.b0", m * t, 1, h)
     layers = sum(name.startswith("model.nets.w.") for name in at.tensors)
-    _claim(layers == depth - 1, f"depth is {depth}, but there are {layers + 1} hidden layers")
+    claim(layers == depth - 1, f"depth is {depth}, but there are {layers + 1} hidden layers")
     for i in range(layers):
         at.shape(f"model.nets.w.{i}", m * t, h, h)
         at.shape(f"model.nets.b.{i}", m * t, 1, h)
@@ -143,7 +186,7 @@ def _label(at: _Tensors, prefix: str, levels: int) -> tuple[int, int]:
     group = at.group(prefix + "group", levels)
     at.shape(prefix + "log_inside", levels)
     bins = at.shape(prefix + "bin_mass", None)[0]
-    _claim(int(group.max()) < bins, f"{prefix}group names bins beyond the {bins} of bin_mass")
+    claim(int(group.max()) < bins, f"{prefix}group names bins beyond the {bins} of bin_mass")
     at.shape(prefix + "log_unseen")
     missing = at.flag(prefix + "missing_seen")
     return bins + missing, bins
@@ -155,7 +198,7 @@ def _number(at: _Tensors, prefix: str, levels: int) -> tuple[int, int]:
     at.shape(prefix + "hist.mass", pieces)
     group = at.group(prefix + "hist.group", pieces)
     knots = at.shape(prefix + "scores.knots", None)[0]
-    _claim(pieces >= 3 and knots >= 2, f"{prefix}hist or scores have too few knots")
+    claim(pieces >= 3 and knots >= 2, f"{prefix}hist or scores have too few knots")
     at.shape(prefix + "scores.scores", knots)
     at.shape(prefix + "scores.slopes", knots)
     for name in ("hist.scale", "hist.xi", "scores.scale", "scores.xi", "bounds"):
@@ -188,8 +231,8 @@ class _Tensors:
         fits = len(got) == len(want) and all(
             w in (None, g) for w, g in zip(want, got, strict=True)
         )
-        _claim(fits, f"tensor {name!r}: expected shape {want}, got {got}")
-        _claim(tensor.dtype in dtype, f"tensor {name!r} is of type {tensor.dtype}")
+        claim(fits, f"tensor {name!r}: expected shape {want}, got {got}")
+        claim(tensor.dtype in dtype, f"tensor {name!r} is of type {tensor.dtype}")
         return got
 
     def group(self, name: str, size: int) -> Tensor:
@@ -197,7 +240,7 @@ class _Tensors:
         self.shape(name, size, dtype=(torch.int64,))
         group = self.tensors[name]
         fits = bool(((group >= 0) & (group < size)).all())
-        _claim(fits, f"tensor {name!r} names bins that are not there")
+        claim(fits, f"tensor {name!r} names bins that are not there")
         return group
 
     def flag(self, name: str) -> bool:
@@ -208,13 +251,14 @@ class _Tensors:
     def nothing_else(self) -> None:
         """Every tensor must have been asked for."""
         rest = sorted(set(self.tensors) - self.seen)
-        _claim(not rest, f"tensors that belong nowhere: {rest[:5]}")
+        claim(not rest, f"tensors that belong nowhere: {rest[:5]}")
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _claim(holds: bool, message: str) -> None:
+def claim(holds: bool, message: str) -> None:
+    """Raise an error unless something holds."""
     if not holds:
         raise ValueError(message)

@@ -23,7 +23,7 @@ from pyroflows.tables import Schema
 from pyroflows.tables.conditions import Condition
 from pyroflows.training.budget import Budget
 
-__all__ = ["MixedEngine"]
+__all__ = ["MixedEngine", "read_cells"]
 
 
 class MixedEngine(Engine):
@@ -138,7 +138,7 @@ class MixedEngine(Engine):
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-        cells = [_cell(part(f"cell{i}.")) for i in range(len(header["order"]))]
+        cells = read_cells(tensors, len(header["order"]))
         state = part("mixture.")
         mixture = None
         if state:
@@ -164,6 +164,16 @@ class MixedEngine(Engine):
 def _uniforms(generator: torch.Generator) -> Uniforms:
     """Random numbers by row and draw, seeded by a generator."""
     return Uniforms(int(torch.randint(2**62, (1,), generator=generator)))
+
+
+def read_cells(tensors: Mapping[str, Tensor], count: int) -> list[LabelCells | NumberCells]:
+    """Cells of a file, ``count`` columns."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in tensors.items():
+        if name.startswith("cell"):
+            place, _, key = name.removeprefix("cell").partition(".")
+            parts[int(place)][key] = tensor
+    return [_cell(part) for part in parts]
 
 
 def _cell(state: dict[str, Tensor]) -> LabelCells | NumberCells:

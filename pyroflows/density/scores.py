@@ -171,7 +171,10 @@ class NormalScores(Bijection):
         )
         piece = np.repeat(np.arange(len(counts)), counts + 1)
         part = np.clip((ndtr(score) - below[piece]) / mass[1 + piece], 0, 1)
-        x = edges[piece] + part * (edges[piece + 1] - edges[piece])
+        starts = np.flatnonzero(np.diff(piece)) + 1  # an edge twice, and twice the same number
+        part[starts], part[starts - 1] = 0.0, 1.0
+        right = edges[piece + 1]
+        x = np.where(part == 1, right, edges[piece] + part * (right - edges[piece]))
         per_score = np.sqrt(2 * np.pi) * np.exp(score**2 / 2)
         slopes = (mass[1:-1] / np.diff(edges))[piece] * per_score
         scale, shape = hist.scale.numpy().copy(), hist.xi.numpy().copy()
