@@ -53,6 +53,8 @@ class Budget:
             device: Where the processes exchange numbers.
         """
         begun, like = self.seconds(), torch.zeros((), device=device)
+        if math.isinf(self.limit):
+            return lambda: 0.0
         length = max(self.limit - reserve - begun, 1e-9)
         return lambda: agreed((self.seconds() - begun) / length, like=like)
 
