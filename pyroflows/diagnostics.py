@@ -37,7 +37,13 @@ from pyroflows.guides.probes import (
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.rows import NotJudged, WholeDensity
 from pyroflows.guides.sites import Site
-from pyroflows.guides.weights import WeightSummary, pareto_k, smooth_weights, summarize_weights
+from pyroflows.weights import (
+    WeightSummary,
+    effective_sample_size,
+    pareto_k,
+    smooth_weights,
+    summarize_weights,
+)
 
 __all__ = ["Diagnosis", "diagnose", "importance_resample", "pareto_k", "to_arviz"]
 
@@ -448,7 +454,7 @@ def _ask_prior(
         log_w = density.over_values()(flat_values(density, values)) - log_q
     w = torch.softmax(log_w.double().nan_to_num(-math.inf), 0)
     u, w = u[u.isfinite().all(-1)].double(), w[u.isfinite().all(-1)]
-    effective = (1 / w.square().sum()).item()
+    effective = effective_sample_size(w).item()
     if effective < 100:
         seen.checks.append(f"prior: {num} draws, worth {effective:.0f}, too few to compare")
         return

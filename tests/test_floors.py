@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The first word of a file's name, up to "_", decides: density_schema.py lives with density.py.
 FLOORS = {
     "scalar": 0, "families": 0, "splines": 0, "numerics": 0, "perceptron": 0, "memory": 0,
+    "weights": 0,
     "bijection": 1, "compose": 1, "checks": 1, "conditioners": 1, "store": 1, "constants": 1,
     "supports": 1, "substitution": 1,
     "transforms": 2, "bases": 2,

@@ -24,6 +24,7 @@ from pyroflows.tables.conditions import Codes, Points
 
 if TYPE_CHECKING:
     from pyroflows.density.model import TableModel
+from pyroflows.weights import effective_sample_size, systematic_resample
 
 __all__ = ["Cloud", "Particles", "Uniforms", "averages", "cloud", "complete", "evidence"]
 
@@ -469,11 +470,11 @@ def _simulated(
         log_w = p.log_w.view(n, size)
         total = log_w.logsumexp(1)
         share = (log_w - total[:, None]).exp()
-        poor = (total > -torch.inf) & (1 / share.square().sum(1) < size / 2)
+        poor = (total > -torch.inf) & (effective_sample_size(share) < size / 2)
         if poor.any():
             which = poor.nonzero()[:, 0]
             shift = uniforms(rows[which], torch.full_like(which, batch * size), i, 3)
-            pick = _systematic(share[which], size, shift) + which[:, None] * size
+            pick = systematic_resample(share[which], size, shift) + which[:, None] * size
             index = torch.arange(n * size).view(n, size)
             index[which] = pick
             p.take(index.view(-1))
@@ -514,14 +515,6 @@ def _drawn(
     if may_miss(c, leave):
         x = torch.where(uniforms(row, draw, i, 2) < c.odds, torch.nan, x)
     return x
-
-
-def _systematic(share: Tensor, count: int, shift: Tensor) -> Tensor:
-    """``count`` picks from each row of weights (N, S), by one uniform number for each row."""
-    grid = (torch.arange(count) + shift[:, None]) / count
-    cum = share.cumsum(1)
-    cum = cum / cum[:, -1:]
-    return torch.searchsorted(cum, grid, right=True).clamp_max(share.shape[1] - 1)
 
 
 def _chunks(model: TableModel, rows: Tensor, size: float | Tensor) -> Iterator[Tensor]:
@@ -685,7 +678,7 @@ def tempered(
         power = min(power + step, 1.0)
         raised = torch.where(log_w > -torch.inf, step * log_w, -torch.inf)
         total += raised.logsumexp(0) - math.log(size)
-        pick = _systematic(raised.softmax(0)[None], size, uniform(1))[0]
+        pick = systematic_resample(raised.softmax(0)[None], size, uniform(1))[0]
         z, log_w = z[pick], log_w[pick]
         for length in LENGTHS:
             some = uniform(*z.shape) < 0.5
@@ -711,7 +704,7 @@ def _next_power(log_w: Tensor, most: float) -> float:
 
     def effective(power: float) -> float:
         share = (power * finite).softmax(0)
-        return 1 / float(share.square().sum())
+        return float(effective_sample_size(share))
 
     low, high = 0.0, most
     if effective(high) >= len(finite) / 2:

@@ -30,7 +30,7 @@ from pyroflows.guides.messages import (
 from pyroflows.guides.routes import largest_tensor
 from pyroflows.guides.rows import WholeDensity
 from pyroflows.guides.saving import SavedGuide
-from pyroflows.guides.weights import smooth_weights
+from pyroflows.weights import smooth_weights, systematic_resample
 
 __all__ = ["GuideDraws", "draw", "draw_from", "importance_resample"]
 
@@ -390,12 +390,7 @@ def importance_resample(
         raise RuntimeError(
             "importance_resample: no draw has a finite, positive weight; fit the guide first"
         )
-    # systematic resampling: the least noise that leaves the expectations right
-    edges = weights.cumsum(0) / weights.sum()
-    points = (
-        torch.arange(num_samples).to(edges)
-        + torch.rand((), dtype=edges.dtype, device=edges.device)
-    ) / num_samples
-    index = torch.searchsorted(edges, points).clamp(max=len(edges) - 1)
+    shift = torch.rand((), dtype=weights.dtype, device=weights.device)
+    index = systematic_resample(weights, num_samples, shift)
     index = index[torch.randperm(num_samples, device=index.device)]
     return {name: value[index] for name, value in proposals.values.items()}
