@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyroflows.training.history import History
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -303,8 +305,10 @@ def qq_plot(
     return ax
 
 
-def training_curve(model: DensityEstimator, *, ax: Axes | None = None) -> Axes:
-    """Held-out and training nats per row over the passes."""
+def training_curve(model: DensityEstimator | History, *, ax: Axes | None = None) -> Axes:
+    """Held-out and training nats per row over the passes; of a :class:`History` its losses."""
+    if isinstance(model, History):
+        return _loss_curve(model, _axes(ax))
     history = model.history_
     ax = _axes(ax)
     ax.plot(history["epoch"], history["train"], color=REAL, label="training")
@@ -315,6 +319,20 @@ def training_curve(model: DensityEstimator, *, ax: Axes | None = None) -> Axes:
         ax.set_ylim(
             bottom=float(low.iloc[1:].min()) - 0.3 * float(low.max() - low.iloc[1:].min() + 1e-3)
         )
+    ax.legend(fontsize=8)
+    return ax
+
+
+def _loss_curve(history: History, ax: Axes) -> Axes:
+    frame = history.frame()
+    along = "epoch" if "epoch" in frame else "step"
+    names = {"train": ("training", REAL), "valid": ("held out", MODEL), "loss": ("steps", REAL)}
+    for name, (label, color) in names.items():
+        if name in frame:
+            ax.plot(frame[along], frame[name], color=color, label=label)
+    if history.best_epoch >= 0:
+        ax.axvline(history.best_epoch + 1, color="0.7", lw=1, label="kept")
+    ax.set(xlabel=along, ylabel="loss, nats")
     ax.legend(fontsize=8)
     return ax
 

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 from pyroflows import plots  # noqa: E402
 from pyroflows.density import DensityEstimator  # noqa: E402
+from pyroflows.training import History  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,16 @@ def test_every_picture_is_drawn(model, table):
         ax.figure.canvas.draw()
     with pytest.raises(ValueError, match="at least one number column"):
         plots.pair_plot(model, table, columns=[])
+
+
+def test_the_losses_of_a_fit_are_drawn():
+    records = [dict(epoch=1, step=4, train=3.0, valid=2.5), dict(epoch=2, step=8, train=2.0)]
+    records[1]["valid"] = 2.0
+    ax = plots.training_curve(History(records=records, best_epoch=1))
+    lines = {line.get_label(): line.get_data()[1] for line in ax.lines}
+    assert list(lines["training"]) == [3.0, 2.0] and list(lines["held out"]) == [2.5, 2.0]
+    ax = plots.training_curve(History(losses=[5.0, 4.0, 3.0]))
+    assert list(ax.lines[0].get_data()[1]) == [5.0, 4.0, 3.0]
 
 
 def test_conditional_density_has_area_one(model):
