@@ -1,6 +1,4 @@
-"""Base distributions as modules.
-
-``base()`` or ``base(context)`` is a Pyro distribution over vectors.
+"""Base distributions as modules: ``base()`` or ``base(context)`` is a Pyro distribution.
 
 Being modules, they move with ``.to()``, are saved with ``state_dict`` and may learn. Fixed numbers
 are buffers, since Pyro warns about frozen parameters.
@@ -248,9 +246,7 @@ class GaussianMixture(Base):
 
 
 class ConditionalNormal(Base):
-    """Independent normals whose means and scales a network gives from the context.
-
-    N(0, 1) at first.
+    """Independent normals whose means and scales a network of the context gives; N(0, 1) at first.
 
     Args:
         input_dim: Number of features.

@@ -133,10 +133,7 @@ class Bijection(TransformModule):
     def _once(
         self, value: Tensor, inverse: bool, *, remember: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return the other side of ``value`` and the log-determinant of the way there.
-
-        Remembered where that is sure to be right, else computed.
-        """
+        """Return the other side of ``value`` and the log-determinant, remembered or computed."""
         tracked = plain()  # Python objects are no guide to values while a graph is recorded
         entry = self._entry  # read once: another thread may drop it
         if entry is not None and tracked:
@@ -201,10 +198,7 @@ class Bijection(TransformModule):
         return self._evaluate(y, inverse=True)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return log|det dy/dx| at a pair with y = f(x), shape batch.
-
-        Free right after the call that made it.
-        """
+        """Return log|det dy/dx| at a pair with y = f(x), shape batch; free after its call."""
         entry = self._entry
         if entry is not None:
             log_det = entry.log_det_of(self, x, y)

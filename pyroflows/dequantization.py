@@ -51,8 +51,10 @@ class UniformDequantized(TorchDistribution):
 
     References:
         Theis, van den Oord, Bethge (2016), A note on the evaluation of generative models, section
-        3.1. arXiv:1511.01844 Burda, Grosse, Salakhutdinov (2016), Importance weighted
-        autoencoders, theorem 1. arXiv:1509.00519
+        3.1. arXiv:1511.01844
+
+        Burda, Grosse, Salakhutdinov (2016), Importance weighted autoencoders, theorem 1.
+        arXiv:1509.00519
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}

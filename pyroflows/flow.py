@@ -25,10 +25,7 @@ __all__ = ["Flow", "FlowDistribution"]
 
 
 class FlowDistribution(TransformedDistribution):
-    """A flow's distribution.
-
-    Pyro's ``TransformedDistribution``, whose ``log_prob`` is a single sweep.
-    """
+    """A flow's distribution: Pyro's, with a ``log_prob`` that is a single sweep."""
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
@@ -123,6 +120,13 @@ class Flow(PyroModule):
                 pyro.sample("y", flow(), obs=data)
 
     A context of shape ``(*batch, context_dim)`` gives a distribution with that batch shape.
+
+    Example:
+        >>> import torch
+        >>> from pyroflows import Flow, transforms as T
+        >>> flow = Flow(2, [T.spline_coupling(2), T.linear(2)])
+        >>> flow.log_prob(flow.sample((100,))).shape
+        torch.Size([100])
 
     Args:
         base: Number of features (a standard normal), a distribution, or a module of
@@ -309,7 +313,7 @@ class Flow(PyroModule):
     ) -> tuple[Tensor, Tensor]:
         """Return draws that carry gradients and their log-densities, in one pass of noise to data.
 
-        Whatever is done to the draws afterwards; also where the other direction is slow (IAF).
+        Nothing is evaluated from data to noise, which is slow for some flows (IAF).
         """
         return self.distribution(context).rsample_and_log_prob(_size(sample_shape))
 

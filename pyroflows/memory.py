@@ -1,6 +1,4 @@
-"""What is remembered, and handed out only while it is right.
-
-The memory of one call is its value and log-determinant.
+"""The memory of one call, value and log-determinant, handed out only while it is right.
 
 Pyro asks for a value and for its log-determinant in two calls.
 :class:`pyroflows.bijection.Bijection` keeps the last evaluation as an :class:`Entry`, written and
@@ -133,10 +131,7 @@ class Entry:
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer below ``module``.
-
-    A plain walk, several times faster than ``parameters()``.
-    """
+    """Yield every parameter and buffer below ``module``, several times faster than torch does."""
     stack = [module]
     while stack:
         inner = stack.pop().__dict__

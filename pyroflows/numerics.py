@@ -100,7 +100,7 @@ def monotone_inverse(
     high: Tensor | float,
     num_steps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Solve f(x) = y elementwise for an increasing f, with exact first-order gradients.
+    r"""Solve f(x) = y elementwise for an increasing f, with exact derivatives up to the third.
 
     The root :math:`x_*` is found without gradients by Newton's method inside a shrinking bracket:
     a step that leaves the bracket, or is more than half of the one before, becomes a bisection.
@@ -109,9 +109,8 @@ def monotone_inverse(
 
     .. math:: dx = \frac{dy - \partial_\theta f(x_*; \theta) \, d\theta}{f'(x_*)}
 
-    Where ``y`` lies outside f([low, high]), the
-    nearer end is returned; NaN and infinities are returned as they are, with log-slope NaN, and
-    disturb no other element.
+    Where ``y`` lies outside f([low, high]), the nearer end is returned; NaN and infinities are
+    returned as they are, with log-slope NaN, and disturb no other element.
 
     Costs ``num_steps`` evaluations of ``forward`` at most, and three with gradients. Eager calls
     stop as soon as every element has converged; under `torch.compile` and `torch.func` the number

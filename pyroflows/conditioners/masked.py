@@ -1,4 +1,4 @@
-"""Masked autoregressive networks, at once or feature by feature."""
+"""Masked autoregressive networks, evaluated at once or feature by feature."""
 
 import math
 from bisect import bisect_left
@@ -17,9 +17,9 @@ __all__ = ["Masked", "SequentialPass"]
 
 
 class Masked(Conditioner):
-    r"""A masked autoregressive network (MADE).
+    r"""A masked autoregressive network (MADE): θ of a feature depends on the features before it.
 
-    Θ of a feature depends only on the features before it, or on those that ``adjacency`` names.
+    With ``adjacency`` it depends on the features that this names.
 
     Every hidden unit has a set of features that it may depend on, and sees the units below whose
     sets are part of its own. Units are sorted by their degree m, the place of the last feature of
@@ -105,7 +105,7 @@ class Masked(Conditioner):
         return sets[by_degree], degrees[by_degree].tolist()
 
     def _spread_evenly(self, width: int, count: int) -> list[int]:
-        """Which set each unit has; the last always among them: no unit below goes unseen."""
+        """Which set each unit has; the last set has one, so that every unit below is read."""
         if self.adjacency is not None and width < count:
             raise ValueError(
                 f"this adjacency needs hidden_dims of at least {count}, one unit for each set of "
@@ -237,10 +237,7 @@ class SequentialPass:
             self.acts[i + 1].append(self.act(h))
 
     def _linear(self, i: int, begin: int, end: int) -> Tensor:
-        """Units ``begin`` to ``end`` of hidden layer i, before their activation.
-
-        Shape ``(units, batch)``.
-        """
+        """Units ``begin`` to ``end`` of hidden layer i before activation, ``(units, batch)``."""
         below = (self.acts[i - 1] if i else self.x).so_far()
         weight, bias = self.hidden[i]
         bias = bias[begin:end]
@@ -254,10 +251,7 @@ class SequentialPass:
 
 
 class _Rows:
-    """Rows that arrive block by block.
-
-    One buffer without gradients, concatenated blocks with them.
-    """
+    """Rows that arrive block by block: in one buffer, or concatenated where gradients flow."""
 
     def __init__(self, size: int, batch: int, like: Tensor, grad: bool) -> None:
         self.batch, self.count = batch, 0

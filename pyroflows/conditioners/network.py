@@ -17,19 +17,15 @@ _FEATURE_MAJOR_FROM = 5  # parameters for each scalar from which the feature-maj
 
 
 def default_hidden_dims(input_dim: int, context_dim: int = 0) -> list[int]:
-    """Two layers, ten units a feature, between 32 and 256.
-
-    Wide enough for most tables and posteriors.
-    """
+    """Return the widths of two layers, ten units a feature, between 32 and 256."""
     return [max(32, min(256, 10 * (input_dim + context_dim)))] * 2
 
 
 class Conditioner(nn.Module):
     """First layer, hidden layers and zero last layer, shared by dense and masked networks.
 
-    All weights are one packed parameter: optimizers and Pyro's param store pay for each tensor,
-    not for its size.
-    :meth:`layers` gives the views.
+    All weights are one packed parameter, of which :meth:`layers` gives the views: optimizers and
+    Pyro's param store pay for each tensor, not for its size.
     """
 
     def __init__(
@@ -71,10 +67,7 @@ class Conditioner(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights as ``nn.Linear`` does.
-
-        Zero the last layer, and in residual blocks the second.
-        """
+        """Draw the weights as ``nn.Linear`` does; zero the last layers of network and blocks."""
         layers, from_context = self._unpack(self.weights)
         for i, (weight, bias) in enumerate(layers):
             limit = 1 / math.sqrt(len(weight))

@@ -1,6 +1,4 @@
-"""Ready-made flows.
-
-Each recipe returns a :class:`pyroflows.flow.Flow` with defaults that are good, not minimal.
+"""Ready-made flows: each recipe returns a :class:`pyroflows.flow.Flow` with good defaults.
 
 Every recipe takes ``(input_dim, context_dim=0, *, num_transforms, hidden_dims, base, embedding,
 name)``. All
@@ -230,9 +228,9 @@ def iaf(
     name: str | None = None,
     **network: Any,
 ) -> Flow:
-    """Inverse autoregressive flow.
+    """Inverse autoregressive flow: fast draws with their densities.
 
-    One network call a layer to sample, D short steps for a foreign density.
+    One network call a layer for a draw, D short steps for the density of a value from elsewhere.
 
     The density of its own draws is free. Arguments as in :func:`nice`.
 
@@ -257,9 +255,9 @@ def maf(
     name: str | None = None,
     **network: Any,
 ) -> Flow:
-    """Masked autoregressive flow.
+    """Masked autoregressive flow: fast densities.
 
-    One network call a layer for a density, D short steps for a sample.
+    One network call a layer for a density, D short steps for a draw.
 
     Arguments as in :func:`nice`.
 
@@ -286,9 +284,7 @@ def neural_spline(
     name: str | None = None,
     **network: Any,
 ) -> Flow:
-    """Neural spline flow.
-
-    Rational-quadratic couplings, or autoregressive layers, and a free scaling of the data.
+    """Neural spline flow: rational-quadratic layers, coupled or autoregressive, and a scaling.
 
     Couplings cost one network call a layer in either direction; autoregressive layers one for a
     density, D short steps for a sample. Splines act within ±``bound`` base standard deviations and

@@ -12,10 +12,7 @@ __all__ = ["conditional", "spline_map"]
 
 
 def conditional(factory: Callable[..., Bijection]) -> Callable[..., Bijection]:
-    """Return the factory under Pyro's conditional signature.
-
-    ``context_dim`` is the second argument.
-    """
+    """Return the factory under Pyro's conditional signature: ``context_dim`` comes second."""
 
     @wraps(factory)
     def make(input_dim: Any, context_dim: int, *args: Any, **kwargs: Any) -> Bijection:

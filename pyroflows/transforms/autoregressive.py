@@ -1,7 +1,4 @@
-"""Autoregressive transforms: every feature moved by parameters that the features before it set.
-
-MAF and IAF.
-"""
+"""Autoregressive transforms, MAF and IAF: the features before it set the map of each feature."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -72,8 +69,9 @@ class Autoregressive(Bijection):
 
     References:
         Kingma et al. (2016), Improving variational inference with inverse autoregressive flow.
-        arXiv:1606.04934 Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow.
-        arXiv:1705.07057
+        arXiv:1606.04934
+
+        Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow. arXiv:1705.07057
     """
 
     autoregressive = True
@@ -179,15 +177,15 @@ def affine_autoregressive(
 ) -> Autoregressive | Elementwise:
     """IAF's layer y_i = exp(s(x_<i)) x_i + t(x_<i); its ``inv`` is MAF's.
 
-    Further arguments of :func:`autoregressive`.
-
-    The log-scale is bounded smoothly, at ± the larger magnitude of the two clips, so it is always
-    numerically stable: ``stable`` is taken for Pyro's sake and changes nothing.
+    Further arguments are those of :func:`autoregressive`. The log-scale is bounded smoothly, at ±
+    the larger magnitude of the two clips, so it is always numerically stable: ``stable`` is taken
+    for Pyro's sake and changes nothing.
 
     References:
         Kingma et al. (2016), Improving variational inference with inverse autoregressive flow.
-        arXiv:1606.04934 Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow.
-        arXiv:1705.07057
+        arXiv:1606.04934
+
+        Papamakarios, Pavlakou, Murray (2017), Masked autoregressive flow. arXiv:1705.07057
     """
     scalar = Affine(max(-log_scale_min_clip, log_scale_max_clip))
     return autoregressive(scalar, input_dim, hidden_dims, **kwargs)
@@ -203,9 +201,18 @@ def spline_autoregressive(
 ) -> Autoregressive | Elementwise:
     """The autoregressive neural spline flow's layer; its ``inv`` has the fast density.
 
-    ``count_bins``, ``bound`` and ``order`` (of the spline) as in
-    :func:`pyroflows.transforms.spline`, the rest as in
-    :func:`autoregressive`; the order of the features is ``permutation``.
+    ``count_bins``, ``bound`` and ``order``, which is that of the spline, are as in
+    :func:`pyroflows.transforms.spline`, the other arguments as in :func:`autoregressive`, where
+    the order of the features is ``permutation``.
+
+    Example:
+        >>> import torch
+        >>> from pyroflows import transforms as T
+        >>> layer = T.spline_autoregressive(4).inv  # a fast density
+        >>> y = torch.randn(100, 4)
+        >>> x, log_det = layer.forward_and_log_det(y)
+        >>> x.shape, log_det.shape
+        (torch.Size([100, 4]), torch.Size([100]))
 
     References:
         Durkan, Bekasov, Murray, Papamakarios (2019), Neural spline flows. arXiv:1906.04032

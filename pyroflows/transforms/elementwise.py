@@ -1,7 +1,4 @@
-"""Elementwise maps.
-
-Every feature by itself, with free parameters or parameters that a context sets.
-"""
+"""Elementwise maps: every feature by itself, with parameters that are free or set by a context."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -109,7 +106,7 @@ def elementwise_affine(
 ) -> Elementwise:
     """Scale and shift every feature: y_i = exp(s_i) x_i + t_i, |s_i| < bound.
 
-    Arguments as in :func:`elementwise`.
+    The arguments are those of :func:`elementwise`.
     """
     return elementwise(Affine(bound), input_dim, hidden_dims=hidden_dims, **kwargs)
 
@@ -123,7 +120,7 @@ def elementwise_scale(
 ) -> Elementwise:
     """NICE's diagonal scaling: y_i = exp(s_i) x_i, |s_i| < bound.
 
-    Arguments as in :func:`elementwise`.
+    The arguments are those of :func:`elementwise`.
 
     References:
         Dinh, Krueger, Bengio (2015), NICE, section 3.3. arXiv:1410.8516

@@ -163,9 +163,14 @@ def multi_scale(
 
     Seen from the data, each level squeezes, takes its steps, and hands half of the channels to the
     next level; the other half is noise already. ``step`` makes the steps of one level, noise side
-    first, for events of a shape ``(channels, height, width)``::
+    first, for events of a shape ``(channels, height, width)``.
 
-        multi_scale((3, 32, 32), lambda shape: iterated(4, step, shape[0]), levels=3)
+    Example:
+        >>> import torch
+        >>> from pyroflows import transforms as T
+        >>> images = T.multi_scale((3, 8, 8), lambda shape: T.conv_coupling(shape[0]), levels=3)
+        >>> images(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
 
     Args:
         input_dim: Shape of the images, ``(channels, height, width)``.
@@ -180,7 +185,9 @@ def multi_scale(
 
     References:
         Dinh, Sohl-Dickstein, Bengio (2017), Density estimation using Real NVP, section 3.6.
-        arXiv:1605.08803 Kingma, Dhariwal (2018), Glow, figure 2. arXiv:1807.03039
+        arXiv:1605.08803
+
+        Kingma, Dhariwal (2018), Glow, figure 2. arXiv:1807.03039
     """
     if levels < 1:
         raise ValueError(f"levels must be positive; got {levels}")

@@ -28,13 +28,13 @@ class ActNorm(AxisBijection):
 
     The first batch that comes from the data side in training mode, of two rows or more, sets t and
     s to the mean and the log standard deviation of its features, so that x has mean 0 and variance
-    1. From then on they are ordinary
-    parameters: the buffer ``initialized`` says so and is saved with them. Training from the noise
-    side (variational inference) counts as initialized too: the layer then stays the identity that
-    it was. Under ``torch.distributed`` the rows of all processes count, so that the processes
-    agree; all of them must see their first batch together. Rows that are not finite and constant
-    features take no part. Nothing is initialized in evaluation mode, under ``torch.func`` or while
-    ``torch.compile`` traces: make one plain call first.
+    1. From then on they are ordinary parameters: the buffer ``initialized`` says so and is saved
+    with them. Training from the noise side (variational inference) counts as initialized too: the
+    layer then stays the identity that it was. Under ``torch.distributed`` the rows of all
+    processes count, so that the processes agree; all of them must see their first batch together.
+    Rows that are not finite and constant features take no part. Nothing is initialized in
+    evaluation mode, under ``torch.func`` or while ``torch.compile`` traces: make one plain call
+    first.
 
     One evaluation in either direction; with a context one network call, whose result is added to s
     and t.
@@ -118,8 +118,8 @@ class BatchNorm(AxisBijection):
     axes, and move the running averages; in evaluation mode, and always from the noise side, they
     are the running averages. So the two directions are each other's inverse in evaluation mode
     only. Under ``torch.distributed`` they are those of all processes together. The log-determinant
-    takes m and v as constants. Rows that are not finite do not count;
-    with fewer than two that do, the running averages serve. In evaluation mode it starts as the
+    takes m and v as constants. Rows that are not finite do not count; with fewer than two that do,
+    the running averages serve. In evaluation mode it starts as the
     identity up to the factor √(1 + ε).
 
     One evaluation in either direction; with a context one network call, whose result is added to g

@@ -63,6 +63,12 @@ def permute(
 ) -> Permute:
     """Return a fixed permutation along ``dim``: the given one, or if None a random one.
 
+    Example:
+        >>> import torch
+        >>> from pyroflows import transforms as T
+        >>> T.permute(3, [2, 0, 1])(torch.tensor([10.0, 20.0, 30.0]))
+        tensor([30., 10., 20.])
+
     Args:
         input_dim: Entries along ``dim``, or the shape of the event, of ``-dim`` axes.
         permutation: Entry i of y is entry ``permutation[i]`` of x.
