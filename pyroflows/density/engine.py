@@ -72,6 +72,11 @@ class TrainingTable:
     def __len__(self) -> int:
         return len(self.values)
 
+    def cloned(self) -> TrainingTable:
+        """The same with tensors of its own: of the present mode, as inference mode needs it."""
+        values, weight = self.values.clone(), self.weight.clone()
+        return dataclasses.replace(self, values=values, weight=weight)
+
     @property
     def size(self) -> int:
         """Rows that the fit can learn from, repetitions counted."""

@@ -417,9 +417,7 @@ class TableModel(nn.Module):
         region = self.regions.at.get(self.num_given + t)
         return law if region is None else restrict(law, region)
 
-    def _law(
-        self, t: int, features: Tensor, state: State | None, atoms: bool
-    ) -> Labels | Numbers:
+    def _law(self, t: int, features: Tensor, state: State | None, atoms: bool) -> Labels | Numbers:
         (kind, i), c = self.place[t], self.targets[t]
         rows = [m * self.sizes[kind] + i for m in range(self.members)]
         out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i).cpu()

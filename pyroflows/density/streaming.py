@@ -7,20 +7,25 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from pyroflows.density.engine import Shards
+from pyroflows.tables import Schema
+from pyroflows.training.parallel import rank_and_world
+
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TEXT_ENDINGS", "TableFile", "ending_of", "is_text"]
+__all__ = ["TEXT_ENDINGS", "Source", "TableFile", "ending_of", "is_text", "shards_of"]
 
 TEXT_ENDINGS = (".csv", ".tsv", ".tab", ".txt")
 PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zip", ".zst")
 PARQUET_ENDINGS = (".parquet", ".pq")
 CHUNK = 65536  # rows that are held at once
+SHARD = 131072  # training rows that are encoded at once
 
 Piece = Callable[[], Iterator["pd.DataFrame"]]
 
@@ -36,6 +41,35 @@ def ending_of(path: Any) -> str:
 def is_text(path: Any) -> bool:
     """Whether a table is text, and not Parquet: a file, or a folder of them."""
     return any(ending_of(p) in TEXT_ENDINGS for p in _files(Path(path)))
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Rows that need not fit into memory: a file, or what has these methods, e.g. a database.
+
+    Attributes:
+        columns: Names of the columns that are read; None for all.
+    """
+
+    columns: list[Any] | None
+
+    def count(self) -> int:
+        """Number of rows."""
+        ...
+
+    def read(self) -> pd.DataFrame:
+        """All of them."""
+        ...
+
+    def sample(self, rows: int, rng: np.random.Generator) -> pd.DataFrame:
+        """About so many random rows."""
+        ...
+
+    def shuffled(
+        self, rows: int, rng: np.random.Generator, *, rank: int = 0, world: int = 1
+    ) -> Iterator[pd.DataFrame]:
+        """About all rows in shuffled chunks of ``rows``; a process's own share of them."""
+        ...
 
 
 class TableFile:
@@ -77,7 +111,7 @@ class TableFile:
                 f"packed: {'/'.join(PACKED_ENDINGS)}) or {'/'.join(PARQUET_ENDINGS)}; got "
                 f"{sorted(kinds) or 'nothing'}"
             )
-        self.columns = list(columns) if columns is not None else None
+        self.columns: list[Any] | None = list(columns) if columns is not None else None
         unknown = [c for c in self.columns or [] if c not in self.names]
         if unknown:
             raise ValueError(f"{path} has no columns {unknown}; it has {self.names}")
@@ -386,23 +420,15 @@ def _seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**31))
 
 
-def shards_of(
-    file: TableFile,
-    schema: Any,
-    rng: np.random.Generator,
-    rank: int,
-    world: int,
-    rows: int = 131072,
-) -> Any:
-    """A source of training rows for :func:`pyroflows.density.training.train`."""
+def shards_of(source: Source, schema: Schema, rng: np.random.Generator) -> Shards:
+    """This process's training rows of a table larger than memory."""
+    source.columns = schema.names
+    rank, world = rank_and_world()
 
     def shards() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for frame in file.shuffled(rows, rng, rank=rank, world=world):
+        for frame in source.shuffled(SHARD, rng, rank=rank, world=world):
             values = torch.from_numpy(schema.encode(frame))
-            yield (
-                values,
-                torch.ones(len(values), dtype=torch.float64),
-                torch.full((len(values),), -1),
-            )
+            weight = torch.ones(len(values), dtype=torch.float64)
+            yield values, weight, torch.full((len(values),), -1)
 
     return shards
