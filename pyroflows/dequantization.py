@@ -112,6 +112,7 @@ class UniformDequantized(TorchDistribution):
             value = value.to(torch.get_default_dtype())
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         noise = torch.rand((self.num_samples, *shape), dtype=value.dtype, device=value.device)
-        log_probs = self.base_dist.log_prob(value + self.step * noise)
+        below = torch.nextafter(value + self.step, value)  # where rounding would leave the cell
+        log_probs = self.base_dist.log_prob(torch.minimum(value + self.step * noise, below))
         cells = math.prod(self.event_shape) * math.log(self.step)
         return torch.logsumexp(log_probs, 0) - math.log(self.num_samples) + cells

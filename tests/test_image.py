@@ -203,6 +203,12 @@ def test_dequantized_probabilities_sum_to_one():
     )
 
 
+def test_noise_stays_in_its_cell_where_float32_would_round_it_out():
+    bytes_ = UniformDequantized(dist.Uniform(0.0, 256.0).expand([1_000_000]))
+    log_prob = bytes_.log_prob(torch.full((1_000_000,), 255.0))  # some draws round to 256
+    assert (log_prob + math.log(256)).abs().max() < 1e-5
+
+
 def test_dequantized_is_a_distribution():
     d = UniformDequantized(
         dist.Normal(torch.zeros(4, 3), 1.0).to_event(1), step=0.25, num_samples=3

@@ -119,8 +119,10 @@ def flow_mcmc(
 
     References:
         Hoffman et al. (2019), NeuTra-lizing bad geometry in HMC using neural transport.
-        arXiv:1903.03704 Gabrié, Rotskoff, Vanden-Eijnden (2022), Adaptive Monte Carlo augmented
-        with normalizing flows. arXiv:2105.12603
+        arXiv:1903.03704
+
+        Gabrié, Rotskoff, Vanden-Eijnden (2022), Adaptive Monte Carlo augmented with normalizing
+        flows. arXiv:2105.12603
     """
     kwargs = {**kwargs, **(model_kwargs or {})}
     if not isinstance(guide, AutoFlow):

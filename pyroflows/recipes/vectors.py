@@ -1,9 +1,8 @@
 """Ready-made flows: each recipe returns a :class:`pyroflows.flow.Flow` with good defaults.
 
 Every recipe takes ``(input_dim, context_dim=0, *, num_transforms, hidden_dims, base, embedding,
-name)``. All
-start as their base distribution (the identity), except Glow, whose first batch of data sets its
-ActNorm layers.
+name)``. All start as their base distribution (the identity), except Glow, whose first batch of
+data sets its ActNorm layers.
 
 Which one: ``neural_spline`` for densities and guides; ``realnvp`` where every microsecond counts;
 ``maf`` for densities that are never sampled in an inner loop; ``iaf`` for guides; ``nice`` for
@@ -47,7 +46,11 @@ def _hidden(hidden_dims: Sequence[int] | None, input_dim: int, context_dim: int)
 
 
 def _masks(input_dim: int, count: int) -> list[Tensor | None]:
-    """Halves, then every second feature, each moved once: after four layers every pair has met."""
+    """Halves, then every second feature, in turn; all depend on all after two layers.
+
+    Features of one half and one parity act on each other through the rest only; under
+    :func:`sperner_masks` of as many layers they would in one.
+    """
     if input_dim == 1:
         return [None] * count
     cycle = [
