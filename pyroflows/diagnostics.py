@@ -26,14 +26,8 @@ from pyroflows.guides.draws import (
     importance_resample,
     posterior_density,
 )
-from pyroflows.guides.probes import (
-    Frame,
-    Gradients,
-    Marginals,
-    chains,
-    find_modes,
-    scattered_starts,
-)
+from pyroflows.guides.modes import find_modes
+from pyroflows.guides.probes import Frame, Gradients, Marginals, chains, scattered_starts
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.rows import NotJudged, WholeDensity
 from pyroflows.guides.sites import Site

@@ -217,7 +217,7 @@ def test_candidates_that_cannot_be_weighed_are_said(monkeypatch):
     def failing(*args, **kwargs):
         raise torch.linalg.LinAlgError("linalg.eigh: did not converge")
 
-    monkeypatch.setattr("pyroflows.guides.probes.laplace", failing)
+    monkeypatch.setattr("pyroflows.guides.modes.laplace", failing)
     verdict = diagnose(RIGHT["normal"], RIGHT["normal"], num_samples=200)
     assert not verdict.searched and "did not converge" in str(verdict)
 

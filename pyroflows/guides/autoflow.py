@@ -19,11 +19,12 @@ from torch.distributions import Transform
 from pyroflows import store
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose, as_bijection
+from pyroflows.guides.gaussian import Gaussian, normal_points
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.legacy import upgrade_pickle, upgrade_state
 from pyroflows.guides.local import LocalNormals
 from pyroflows.guides.mixture import Mixture, MixtureNoise, Noise
-from pyroflows.guides.prefit import Gaussian, normal_points, prefit
+from pyroflows.guides.prefit import prefit
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.sites import Placed, Sites
 from pyroflows.guides.transport import Whitening, make_transport, start_vector

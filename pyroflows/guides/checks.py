@@ -17,9 +17,9 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor, nn
 
+from pyroflows.guides.gaussian import normal_points
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.messages import is_discrete
-from pyroflows.guides.prefit import normal_points
 from pyroflows.guides.routes import preserved
 from pyroflows.guides.substitute import Substitute
 

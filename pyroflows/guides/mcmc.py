@@ -13,8 +13,10 @@ from torch import Tensor
 from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.draws import posterior_density
+from pyroflows.guides.hamiltonian import State, hamiltonian
+from pyroflows.guides.latent import LatentDensity
 
-__all__ = ["FlowChains", "flow_mcmc", "leapfrog", "split_rhat"]
+__all__ = ["FlowChains", "flow_mcmc", "split_rhat"]
 
 
 @dataclass
@@ -34,35 +36,6 @@ class FlowChains:
     hmc_rate: float
     step_size: float
     rhat: float
-
-
-def leapfrog(
-    with_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
-    position: Tensor,
-    momentum: Tensor,
-    grad: Tensor,
-    size: Tensor | float,
-    num_steps: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Follow Hamilton's equations for unit masses, all chains at once.
-
-    Args:
-        with_gradient: Log-density ``(C,)`` and its gradient ``(C, D)`` at positions ``(C, D)``.
-        position: Where the chains are, ``(C, D)``.
-        momentum: Their momenta, ``(C, D)``.
-        grad: Gradient of the log-density there, ``(C, D)``.
-        size: Length of a step, broadcastable to ``(C, D)``.
-        num_steps: Number of steps, 1 or more; each costs a gradient.
-
-    Returns:
-        Positions, momenta, log-densities and gradients at the end.
-    """
-    for _ in range(num_steps):
-        momentum = momentum + 0.5 * size * grad
-        position = position + size * momentum
-        log_p, grad = with_gradient(position)
-        momentum = momentum + 0.5 * size * grad
-    return position, momentum, log_p, grad
 
 
 def split_rhat(draws: Tensor) -> Tensor:
@@ -130,61 +103,64 @@ def flow_mcmc(
             f"flow_mcmc samples in the noise of an AutoFlow; got {type(guide).__name__}. Fit an "
             "AutoFlow to the model, or use importance_resample"
         )
-    density = posterior_density(model, guide, args, kwargs)
-    transform = guide.get_transform()
-    base, D = guide.get_base_dist(), guide.latent_dim
-
-    def log_target(z: Tensor) -> Tensor:
-        u, log_det = transform.forward_and_log_det(z)
-        return (density(u) + log_det).nan_to_num(-math.inf, posinf=-math.inf)
-
-    def with_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
-            log_p = log_target(z)
-            (grad,) = torch.autograd.grad(log_p.sum(), z)
-        return log_p.detach(), grad.nan_to_num(0.0)
-
-    z = base.sample((num_chains,))
-    log_p, grad = with_gradient(z)
-    log_step = math.log(0.5 / D**0.25)
+    target = _NoiseTarget(guide, posterior_density(model, guide, args, kwargs))
+    start = target.base.sample((num_chains,))
+    state = State(start, *target.with_gradient(start))
+    log_step = math.log(0.5 / target.dim**0.25)
     kept, jumps, moves = [], 0.0, 0.0
     for step in range(warmup_steps + num_samples):
-        with torch.no_grad():
-            proposal = base.sample((num_chains,))
-            new = log_target(proposal)
-            log_ratio = new - log_p + base.log_prob(z) - base.log_prob(proposal)
-        jump = torch.rand_like(log_ratio).log() < log_ratio
-        z = torch.where(jump[:, None], proposal, z)
-        log_p, grad = with_gradient(z)
-
-        size = math.exp(log_step) * (
-            0.8 + 0.4 * torch.rand(()).item()
-        )  # jittered against resonance
-        momentum = torch.randn_like(z)
-        energy = log_p - 0.5 * momentum.square().sum(-1)
-        q, momentum, new, g = leapfrog(with_gradient, z, momentum, grad, size, num_leapfrog)
-        log_ratio = (new - 0.5 * momentum.square().sum(-1) - energy).nan_to_num(-math.inf)
-        move = torch.rand_like(log_ratio).log() < log_ratio
-        z = torch.where(move[:, None], q, z)
-        log_p = torch.where(move, new, log_p)
-        rate = log_ratio.exp().clamp(max=1.0).mean().item()
+        state, jump = target.jump(state)
+        jitter = 0.8 + 0.4 * torch.rand(()).item()  # against resonance
+        state, acceptance = hamiltonian(
+            target.with_gradient, state, math.exp(log_step) * jitter, num_leapfrog
+        )
+        rate = acceptance.item()
         if step < warmup_steps:
             log_step += (rate - target_rate) / (step + 1) ** 0.6
         else:
-            kept.append(z)
+            kept.append(state.position)
             jumps, moves = jumps + jump.float().mean().item(), moves + rate
     draws = torch.stack(kept, 1)
-    with torch.no_grad():
-        u = transform(draws)
-        values = density.constrain(u.reshape(-1, D))
-    samples = {
-        name: v.reshape(num_chains, num_samples, *v.shape[1:]) for name, v in values.items()
-    }
     return FlowChains(
-        samples,
+        target.values(draws),
         jumps / num_samples,
         moves / num_samples,
         math.exp(log_step),
         split_rhat(draws).max().item(),
     )
+
+
+class _NoiseTarget:
+    """The posterior in the noise z of a guide: the log-density p(T(z)) |det T'(z)|."""
+
+    def __init__(self, guide: AutoFlow, density: LatentDensity) -> None:
+        self.density, self.transform = density, guide.get_transform()
+        self.base, self.dim = guide.get_base_dist(), guide.latent_dim
+
+    def __call__(self, z: Tensor) -> Tensor:
+        u, log_det = self.transform.forward_and_log_det(z)
+        return (self.density(u) + log_det).nan_to_num(-math.inf, posinf=-math.inf)
+
+    def with_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities ``(C,)`` and gradients ``(C, D)``."""
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            log_p = self(z)
+            (grad,) = torch.autograd.grad(log_p.sum(), z)
+        return log_p.detach(), grad.nan_to_num(0.0)
+
+    def jump(self, state: State) -> tuple[State, Tensor]:
+        """A step by a proposal from the guide, and which chains took it."""
+        z, base = state.position, self.base
+        with torch.no_grad():
+            proposal = base.sample((len(z),))
+            log_ratio = self(proposal) - state.log_p + base.log_prob(z) - base.log_prob(proposal)
+        jump = torch.rand_like(log_ratio).log() < log_ratio
+        z = torch.where(jump[:, None], proposal, z)
+        return State(z, *self.with_gradient(z)), jump
+
+    @torch.no_grad()
+    def values(self, draws: Tensor) -> dict[str, Tensor]:
+        """Values of the sites at noise ``(chains, draws, D)``; ``(chains, draws, *site)``."""
+        values = self.density.constrain(self.transform(draws).reshape(-1, self.dim))
+        return {name: v.reshape(*draws.shape[:2], *v.shape[1:]) for name, v in values.items()}

@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyroflows.guides.gaussian import normal_points
 from pyroflows.guides.latent import LatentDensity
-from pyroflows.guides.prefit import normal_points
 from pyroflows.guides.sites import Placed, Site, Sites
 from pyroflows.guides.substitute import Substitute, outside_of_plates
 
