@@ -13,13 +13,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyroflows.guides.checks import model_keywords
-from pyroflows.guides.draws import (
-    draw_from,
-    posterior_density,
-    row_axes,
-    site_plates,
-)
-from pyroflows.guides.messages import is_computed, is_data, is_discrete
+from pyroflows.guides.draws import draw_from, posterior_density
+from pyroflows.guides.messages import is_computed, is_data, is_discrete, row_axes, site_plates
 from pyroflows.guides.rows import WholeDensity
 
 __all__ = ["to_arviz"]

@@ -5,39 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import ImproperUniform, MaskedDistribution
-from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyroflows.arviz import to_arviz
+from pyroflows.diagnostics_search import Findings, look_elsewhere
 from pyroflows.guides.checks import model_keywords
 from pyroflows.guides.draws import (
     GuideDraws,
-    GuideRuns,
     draw_from,
-    flat_values,
     importance_resample,
     posterior_density,
 )
-from pyroflows.guides.modes import find_modes
-from pyroflows.guides.probes import Frame, Gradients, Marginals, chains, scattered_starts
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.rows import NotJudged, WholeDensity
 from pyroflows.guides.sites import Site
-from pyroflows.weights import (
-    WeightSummary,
-    effective_sample_size,
-    pareto_k,
-    smooth_weights,
-    summarize_weights,
-)
+from pyroflows.weights import WeightSummary, pareto_k, smooth_weights, summarize_weights
 
 __all__ = ["Diagnosis", "diagnose", "importance_resample", "pareto_k", "to_arviz"]
 
@@ -120,27 +107,6 @@ class Diagnosis:
     __repr__ = __str__
 
 
-@dataclass
-class _Examination:
-    """What is found on the way to a :class:`Diagnosis`."""
-
-    problems: list[str] = field(default_factory=list)
-    advice: list[str] = field(default_factory=list)
-    checks: list[str] = field(default_factory=list)
-    wider: float = math.nan
-    complete: bool = True
-
-    def against(self, problem: str, *advice: str) -> None:
-        """Something speaks against the guide."""
-        self.problems.append(problem)
-        self.advice += [a for a in advice if a not in self.advice]
-
-    def skipped(self, check: str) -> None:
-        """Something could not be looked at."""
-        self.checks.append(check)
-        self.complete = False
-
-
 @model_keywords
 def diagnose(
     model: Callable,
@@ -191,35 +157,44 @@ def diagnose(
         return _without_verdict(str(reason), time.monotonic() - begun)
     draws = draw_from(guide, density, num_samples, args, kwargs)
     weights = summarize_weights(draws.log_weights)
-    log_w, _ = smooth_weights(draws.log_weights)
-    w = log_w.exp().nan_to_num(0.0)
+    w = smooth_weights(draws.log_weights)[0].exp().nan_to_num(0.0)
     shifts = {s.name: _shift(_entries(density, draws, s), w) for s in density.sites}
-    divergence = max(weights.log_evidence - weights.elbo, 0.5 * weights.log_weight_sd**2)
-    seen = _Examination()
-    points = _points(density, draws)
+    found, points = Findings(), _points(density, draws)
     if points:
-        seen.against(
+        found.complete = False
+        found.against(
             f"{points} a point, not a density: ELBO, evidence and weights mean nothing",
             "take it as a point estimate, or fit a guide with a density (AutoFlow, AutoNormal)",
         )
     else:
-        _judge_weights(seen, weights, divergence, shifts)
+        _judge_weights(found, weights, shifts)
         if search:
             with seeded(0), pyro.validation_enabled(False):
-                _look_elsewhere(seen, density, draws, weights, w, begun + max_time)
+                look_elsewhere(found, density, draws, weights, w, begun + max_time)
         else:
-            seen.skipped("no search for other modes, no chains (search=False)")
+            found.skipped("no search for other modes, no chains (search=False)")
+    return _verdict(found, weights, shifts, time.monotonic() - begun)
+
+
+def _divergence(weights: WeightSummary) -> float:
+    """Estimate of KL(guide || posterior); see :class:`Diagnosis`."""
+    return max(weights.log_evidence - weights.elbo, 0.5 * weights.log_weight_sd**2)
+
+
+def _verdict(
+    found: Findings, weights: WeightSummary, shifts: dict[str, float], seconds: float
+) -> Diagnosis:
     return Diagnosis(
         weights,
-        divergence,
+        _divergence(weights),
         shifts,
-        seen.wider,
-        not seen.problems,
-        tuple(seen.problems),
-        tuple(seen.advice),
-        tuple(seen.checks),
-        seen.complete and not points,
-        time.monotonic() - begun,
+        wider_evidence=found.wider,
+        ok=not found.problems,
+        problems=tuple(found.problems),
+        advice=tuple(found.advice),
+        checks=tuple(found.checks),
+        searched=found.complete,
+        seconds=seconds,
     )
 
 
@@ -261,23 +236,23 @@ def _shift(value: Tensor, w: Tensor) -> float:
     return ((mean - x.mean(0)).abs() / sd).max().item()
 
 
-def _judge_weights(
-    seen: _Examination, weights: WeightSummary, divergence: float, shifts: dict[str, float]
-) -> None:
+def _judge_weights(found: Findings, weights: WeightSummary, shifts: dict[str, float]) -> None:
+    """What the importance weights say against the guide."""
+    divergence = _divergence(weights)
     if weights.num_dropped > 0.01 * weights.num_draws or not math.isfinite(weights.elbo):
-        seen.against(
+        found.against(
             f"{weights.num_dropped} of {weights.num_draws} draws have weights that are not finite",
             "bound the supports, or look for overflow in the model; run in float64",
         )
     if not divergence < 0.12:
-        seen.against(
+        found.against(
             f"it is {'at least' if weights.pareto_k > 0.7 else 'about'} {divergence:.2f} nats "
             "from the posterior where it looks",
             "fit longer or with a larger flow (fit_guide with num_steps=); then reparameterize "
             "the model",
         )
     if weights.pareto_k > 1 and divergence > 0.02:
-        seen.against(
+        found.against(
             "its tails are too light: the weights, far out, have no mean (k-hat "
             f"{weights.pareto_k:.1f})",
             "use a flow or family with heavier tails, or reparameterize the model",
@@ -285,172 +260,10 @@ def _judge_weights(
     far = {name: s for name, s in shifts.items() if not s < 0.3}
     if far and (weights.pareto_k < 0.7 or divergence > 0.05):
         worst = max(far, key=lambda name: far[name])
-        seen.against(
+        found.against(
             f"importance weights move '{worst}' by {far[worst]:.2f} posterior standard deviations"
         )
         if weights.pareto_k < 0.7:
-            seen.advice.append(
+            found.advice.append(
                 "use importance_resample: the weights are good enough (k-hat below 0.7)"
             )
-
-
-# ------------------------------------------------------------------------------------ elsewhere
-
-
-def _look_elsewhere(
-    seen: _Examination,
-    density: WholeDensity,
-    draws: GuideDraws,
-    weights: WeightSummary,
-    w: Tensor,
-    until: float,
-) -> None:
-    """Modes, chains, prior: each says what it found, or why it did not look."""
-    ok = draws.latent.isfinite().all(-1)
-    u, w = draws.latent[ok].double(), w[ok]
-    if len(u) < 100:
-        seen.skipped(f"no search: {len(u)} of {len(ok)} draws are finite")
-        return
-    gradients = Gradients(density, Frame.of(u))
-    marginals = Marginals(u, _coordinates(density), density.turned)
-    _search_modes(seen, density, gradients, u, weights, until)
-    if weights.pareto_k < 0.7:
-        _blame(seen, marginals.departures(marginals.of(u), w), "by the importance weights")
-    _follow_chains(seen, density, gradients, marginals, u, until)
-    _ask_prior(seen, marginals, density, len(u), until)
-
-
-def _blame(seen: _Examination, departures: list[tuple[float, str]], source: str) -> None:
-    if departures:
-        more = f" (and {len(departures) - 1} more)" if len(departures) > 1 else ""
-        seen.against(
-            f"{source}, {departures[0][1]}{more}",
-            "fit longer or with a larger flow, or sample with flow_mcmc; then reparameterize the "
-            "model",
-        )
-
-
-def _coordinates(density: WholeDensity) -> list[str]:
-    """A name for each entry of the flat vector."""
-    return [
-        s.name if s.size == 1 else f"{s.name}[{i}]" for s in density.sites for i in range(s.size)
-    ]
-
-
-def _log_sum(*terms: float) -> float:
-    return torch.tensor(terms, dtype=torch.float64).logsumexp(0).item()
-
-
-def _search_modes(
-    seen: _Examination,
-    density: WholeDensity,
-    gradients: Gradients,
-    u: Tensor,
-    weights: WeightSummary,
-    until: float,
-) -> None:
-    starts = scattered_starts(gradients.frame, u, density.init_loc, _prior_starts(density, 16))
-    if density.elements > 2**14 or density.route == "one by one":  # a third of every kind
-        starts = starts[::3]
-    steps = max(50, min(100, 100_000 // density.operations))
-    modes = find_modes(gradients, starts, u, weights.log_evidence, num_steps=steps, until=until)
-    missing = [m for m in modes.found if math.isfinite(m.surely)]
-    seen.wider = _log_sum(weights.log_evidence, *(m.missing for m in missing))
-    surely = _log_sum(weights.log_evidence, *(m.surely for m in missing))
-    share, least = (max(0.0, -math.expm1(weights.log_evidence - z)) for z in (seen.wider, surely))
-    line = (
-        f"modes: {len(modes.found)} from {len(starts)} starts, {len(missing)} with mass that "
-        f"the guide lacks ({share:.0%} of the posterior)"
-    )
-    if modes.troubles:
-        line += f"; {len(modes.troubles)} could not be weighed ({modes.troubles[0]})"
-    if not modes.complete:
-        line += "; stopped by max_time"
-    seen.checks.append(line)
-    seen.complete &= modes.complete and bool(modes.found)
-    if least > 0.1:
-        seen.against(
-            f"it misses about {share:.0%} of the posterior mass, found elsewhere",
-            "fit from another init_loc_fn, or to draws of all modes (fit_guide_to_draws)",
-        )
-
-
-def _follow_chains(
-    seen: _Examination,
-    density: WholeDensity,
-    gradients: Gradients,
-    marginals: Marginals,
-    u: Tensor,
-    until: float,
-) -> None:
-    each = density.elements
-    num = min(len(u), max(64, min(1024, 2**19 // each, 2**18 // u.shape[1])))
-    length = max(10, min(40, 2**27 // (6 * num * each), 40_000 // density.operations))
-    if density.route == "one by one":
-        num, length = 64, 20
-    generator = torch.Generator().manual_seed(1)
-    run = chains(gradients, u[-num:], num_steps=length, until=until, generator=generator)
-    f = torch.stack([marginals.of(state) for state in run.states]).mean(0)
-    departures = marginals.departures(f)
-    steps = 2 * len(run.states)
-    line = f"chains: {num} of {steps} steps from the guide's draws"
-    if not run.complete:
-        seen.skipped(f"{line}, stopped by max_time")
-    else:
-        line += f", acceptance {run.acceptance:.0%}, " + (
-            "left the guide" if departures else "stayed in the guide"
-        )
-        seen.checks.append(line)
-    _blame(seen, departures, "by chains from its draws")
-
-
-def _prior_starts(density: WholeDensity, num: int) -> Tensor:
-    """Flat latents drawn from the prior, ``(num, D)``; improper sites at their middle."""
-    u = torch.stack([density.start(init_to_sample) for _ in range(num)])
-    return u[u.isfinite().all(-1)]
-
-
-def _improper(density: WholeDensity) -> str | None:
-    """Name of a site whose prior is no distribution."""
-    trace = density.trace(density.init_loc)
-    for site in density.sites:
-        fn, masked = trace.nodes[site.name]["fn"], trace.nodes[site.name]["mask"] is False
-        while isinstance(fn, Independent | MaskedDistribution):
-            masked |= getattr(fn, "_mask", None) is False
-            fn = fn.base_dist
-        if masked or isinstance(fn, ImproperUniform):
-            return site.name
-    return None
-
-
-def _ask_prior(
-    seen: _Examination, marginals: Marginals, density: WholeDensity, num: int, until: float
-) -> None:
-    """Compare with the prior's draws, weighted by the likelihood, where these suffice."""
-    flat = _improper(density)
-    if flat or density.enumerated or time.monotonic() > until:
-        reason = (
-            f"that of '{flat}' is improper"
-            if flat
-            else "max_time"
-            if not density.enumerated
-            else "labels are summed out"
-        )
-        seen.checks.append(f"prior: not compared ({reason})")
-        return
-    prior = poutine.block(density.model, hide_fn=lambda msg: bool(msg.get("is_observed")))
-    with torch.no_grad():
-        few = density.route == "one by one"
-        num = 500 if few else max(500, min(num, 2**27 // density.elements))
-        values, log_q = GuideRuns(prior, density.args, density.kwargs, density)(num)
-        u = density.unconstrain(values)
-        u = torch.where(density.free, torch.randn_like(u), u)  # their density, whatever was drawn
-        log_w = density.over_values()(flat_values(density, values)) - log_q
-    w = torch.softmax(log_w.double().nan_to_num(-math.inf), 0)
-    u, w = u[u.isfinite().all(-1)].double(), w[u.isfinite().all(-1)]
-    effective = effective_sample_size(w).item()
-    if effective < 100:
-        seen.checks.append(f"prior: {num} draws, worth {effective:.0f}, too few to compare")
-        return
-    seen.checks.append(f"prior: {num} draws, worth {effective:.0f}, compared")
-    _blame(seen, marginals.departures(marginals.of(u), w), "by the prior's weighted draws")

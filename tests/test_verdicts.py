@@ -208,7 +208,7 @@ def test_errors_of_the_search_are_not_swallowed(monkeypatch):
     def broken(*args, **kwargs):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("pyroflows.diagnostics.find_modes", broken)
+    monkeypatch.setattr("pyroflows.diagnostics_search.find_modes", broken)
     with pytest.raises(KeyError, match="a bug"):
         diagnose(RIGHT["normal"], RIGHT["normal"], num_samples=200)
 

@@ -18,7 +18,7 @@ from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
 
 from pyroflows.guides.messages import is_discrete
-from pyroflows.guides.weights import OUTSIDE
+from pyroflows.weights import OUTSIDE
 
 __all__ = ["PathGradientELBO"]
 

@@ -24,7 +24,7 @@ from pyroflows.guides.prefit import Gaussian, Target, normal_points, prefit
 from pyroflows.guides.routes import seeded
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.schedule import BasePoints, GradientClipper, Schedule
-from pyroflows.guides.weights import OUTSIDE, WeightSummary, summarize_weights
+from pyroflows.weights import OUTSIDE, WeightSummary, summarize_weights
 
 __all__ = [
     "FitResult",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.guides.weights import OUTSIDE
+from pyroflows.weights import OUTSIDE
 
 __all__ = ["Gaussian", "Target", "normal_points"]
 

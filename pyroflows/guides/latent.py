@@ -311,6 +311,11 @@ class LatentDensity(BatchedDensity):
         sites = self.sites.of_values()
         return self._with(sites=sites, dim=sites.dim, _windowed=False, _free_sites={})
 
+    def of_values(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Log-density of the sites' own values ``(S, *site)``; see :meth:`over_values`."""
+        view = self.over_values()
+        return view(view.sites.join(values))
+
     def map(
         self, function: Callable[[poutine.Trace], Any], u: Tensor, *, same: bool = True
     ) -> Any:

@@ -24,6 +24,8 @@ __all__ = [
     "is_subsampled",
     "masked_out",
     "plate_nesting",
+    "row_axes",
+    "site_plates",
 ]
 
 
@@ -121,3 +123,38 @@ def exposed(model: Callable) -> Callable:
         bare = exposed(fn)
         return bare if isinstance(context, BlockMessenger) else context(bare)
     return model
+
+
+def site_plates(trace: poutine.Trace) -> dict[str, list[tuple[str, int]]]:
+    """Names and (negative) axes of the plates in the value of each sample site of one run."""
+    plates = {}
+    for name, site in prune_subsample_sites(trace).nodes.items():
+        if site["type"] != "sample" or isinstance(site["fn"], Unit):
+            continue
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != "_draws"]
+        shift = site["fn"].event_dim
+        if site["infer"].get("_deterministic") and shift == site["value"].dim():
+            shift = _axes_to_the_right(site["value"].shape, frames)
+        plates[name] = [(f.name, f.dim - shift) for f in frames]
+    return plates
+
+
+def _axes_to_the_right(shape: torch.Size, frames: list[Any]) -> int:
+    """Axes of a deterministic value, all called event by Pyro, that lie right of its plates."""
+    for shift in range(len(shape)):
+        axes = [(f.dim - shift, f.size) for f in frames]
+        if all(-axis <= len(shape) and shape[axis] == size for axis, size in axes):
+            return shift
+    return 0
+
+
+def row_axes(prototype: poutine.Trace) -> Callable[[str, str], dict[str, int]]:
+    """Where the plates of a site lie in tensors ``(S, ...)`` of its values or likelihoods."""
+    plates = site_plates(prototype)
+
+    def axes(group: str, name: str) -> dict[str, int]:
+        first = name.split("+")[0]  # labels that are summed out join sites
+        dim = prototype.nodes[first]["value"].dim()
+        return {plate: 1 + dim + axis for plate, axis in plates[first] if dim + axis >= 0}
+
+    return axes

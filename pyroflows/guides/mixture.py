@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.guides.prefit import Gaussian, Target, climb, laplace, normal_points
-from pyroflows.guides.weights import OUTSIDE
+from pyroflows.weights import OUTSIDE
 
 __all__ = ["Mixture", "MixtureNoise", "Noise", "find_mixture"]
 
