@@ -200,11 +200,8 @@ def pair_plot(
     """
     plt = _pyplot()
     real_rows, drawn_rows = _draws(model, table, rows, seed)
-    names = (
-        list(columns)
-        if columns is not None
-        else [n for n in _targets(model) if _is_number(model.schema_[n])][:6]
-    )
+    numbers = [n for n in _targets(model) if _is_number(model.schema_[n])]
+    names = numbers[:6] if columns is None else list(columns)
     if not names:
         raise ValueError("pair_plot needs at least one number column")
     specs = {n: model.schema_[n] for n in names}
@@ -221,32 +218,54 @@ def pair_plot(
     for i, row in enumerate(names):
         for j, column in enumerate(names):
             ax = grid[i, j]
-            x, y = _there(real[column]), _there(real[row])
-            if not len(x) or not len(y):
+            if not len(_there(real[column])) or not len(_there(real[row])):
                 _say(ax, "no values")
                 continue
-            limits = _ends(x, 0.005)
             if i == j:
-                bins = np.linspace(*limits, 31).tolist()
-                ax.hist(x, bins, density=True, color=REAL, alpha=0.5)
-                if len(there := _there(drawn[column])):
-                    ax.hist(there, bins, density=True, color=MODEL, histtype="step")
+                _histograms(ax, real[column], drawn[column])
             else:
                 source, color = (real, REAL) if i > j else (drawn, MODEL)
                 ax.scatter(source[column], source[row], s=3, alpha=0.3, color=color, linewidths=0)
-                ax.set_ylim(*_ends(y, 0.005))
+                ax.set_ylim(*_ends(_there(real[row]), 0.005))
                 _dress(ax.yaxis, specs[row])
-            ax.set_xlim(*limits)
+            ax.set_xlim(*_ends(_there(real[column]), 0.005))
             _dress(ax.xaxis, specs[column])
-            ax.tick_params(labelsize=6)
-            ax.tick_params(left=not j and i != j, labelleft=not j and i != j)
-            ax.tick_params(labelbottom=i == d - 1)
-            ax.xaxis.get_offset_text().set_visible(i == d - 1)
-            ax.yaxis.get_offset_text().set_visible(not j and i != j)
-            ax.set_xlabel(str(column), fontsize=8) if i == d - 1 else None
-            ax.set_ylabel(str(row), fontsize=8) if j == 0 else None
+            _label_outside(ax, str(row), str(column), left=j == 0, bottom=i == d - 1, own=i == j)
     figure.suptitle("real (grey, below), model (red, above)", fontsize=9)
     return figure
+
+
+def _histograms(ax: Axes, real: np.ndarray, drawn: np.ndarray) -> None:
+    """Shares of a number's real values and of the model's, over the same bins."""
+    bins = np.linspace(*_ends(_there(real), 0.005), 31).tolist()
+    ax.hist(_there(real), bins, density=True, color=REAL, alpha=0.5)
+    if len(_there(drawn)):
+        ax.hist(_there(drawn), bins, density=True, color=MODEL, histtype="step")
+
+
+def _label_outside(
+    ax: Axes, row: str, column: str, *, left: bool, bottom: bool, own: bool
+) -> None:
+    """Ticks and names at the outer axes of a grid of pairs alone.
+
+    Args:
+        ax: The panel.
+        row: Name of what its y axis shows.
+        column: Name of what its x axis shows.
+        left: Whether it stands at the left edge.
+        bottom: Whether it stands at the bottom.
+        own: Whether it is on the diagonal: its y axis shows shares.
+    """
+    ticks = left and not own
+    ax.tick_params(labelsize=6)
+    ax.tick_params(left=ticks, labelleft=ticks)
+    ax.tick_params(labelbottom=bottom)
+    ax.xaxis.get_offset_text().set_visible(bottom)
+    ax.yaxis.get_offset_text().set_visible(ticks)
+    if bottom:
+        ax.set_xlabel(column, fontsize=8)
+    if left:
+        ax.set_ylabel(row, fontsize=8)
 
 
 def pit_plot(

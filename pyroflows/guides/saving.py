@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
 import json
 import pickle
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import pyro
@@ -22,7 +21,8 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyroflows.guides.latent import LatentDensity
-from pyroflows.guides.routes import preserved
+from pyroflows.guides.plates import PlateSize, PlateSizes
+from pyroflows.guides.references import Lost, Reference
 from pyroflows.guides.sites import (
     Site,
     Sites,
@@ -31,7 +31,6 @@ from pyroflows.guides.sites import (
     init_where_possible,
     teach_divergence,
 )
-from pyroflows.guides.substitute import outside_of_plates
 from pyroflows.guides.supports import ModelSupports, moving_supports
 
 __all__ = ["SavedGuide"]
@@ -69,7 +68,7 @@ class SavedGuide(AutoGuide):
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self._pyro_name: str = name or self._pyro_name
         self._init_loc_fn, self._pending_state = init_loc_fn, None
-        self._plate_sizes: dict[Any, dict[str, _Plate]] = {}
+        self._plate_sizes = PlateSizes()
         self.attach(model)
 
     # ------------------------------------------------------------------------------------------
@@ -240,54 +239,36 @@ class SavedGuide(AutoGuide):
         ]
         sizes = self._sizes(args, kwargs) if missing else {}
         for frame in missing:
-            plate = sizes.get(frame.name) or _Plate(frame.full_size or frame.size, frame.size)
-            self.plates[frame.name] = pyro.plate(
-                frame.name,
-                plate.size,
-                dim=frame.dim,
-                **(
-                    {"subsample_size": plate.subsample_size}
-                    if plate.subsample is None
-                    else {"subsample": plate.subsample}
-                ),
-            )
+            size = sizes.get(frame.name) or PlateSize(frame.full_size or frame.size, frame.size)
+            self.plates[frame.name] = size.made(frame.name, frame.dim)
         return self.plates
 
-    def _sizes(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, _Plate]:
+    def _sizes(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, PlateSize]:
         if torch._C._get_tracing_state():
             return {}
-        key = _shapes((args, kwargs))
-        known = self._plate_sizes.get(key)
+        known = self._plate_sizes.known(args, kwargs)
         if known is not None and all(p.subsample is None for p in known.values()):
             return known
-        return self._see_plates(key, args, kwargs) if self.attached else {}
+        if not self.attached:
+            return {}
+        return self._plate_sizes.see(self.model, self._prototype_frames, args, kwargs)
 
     def _check_sizes(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raise if a plate of latents has other rows than those that the guide was made for."""
         if torch._C._get_tracing_state() or not self.attached:
             return
-        key = _shapes((args, kwargs))
-        if key in self._plate_sizes:
+        if self._plate_sizes.known(args, kwargs) is not None:
             return
-        found = self._see_plates(key, args, kwargs)
+        found = self._plate_sizes.see(self.model, self._prototype_frames, args, kwargs)
         for name, plate in found.items():
             frame = self._prototype_frames[name]
             if (plate.size, plate.rows) != (frame.full_size or frame.size, frame.size):
-                del self._plate_sizes[key]
+                self._plate_sizes.forget(args, kwargs)
                 raise ValueError(
                     f"this {type(self).__name__} holds latents for {frame.size} rows of the plate "
                     f"'{name}'; the model now takes {plate.rows} of {plate.size}. Make a guide "
                     "for these data; AmortizedFlow takes batches of any size"
                 )
-
-    def _see_plates(self, key: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, _Plate]:
-        seen = _SeePlates(self._prototype_frames)
-        with outside_of_plates(), torch.no_grad(), preserved(), poutine.block(), seen:
-            self.model(*args, **kwargs)
-        if len(self._plate_sizes) >= 64:
-            self._plate_sizes.clear()
-        self._plate_sizes[key] = seen.found
-        return seen.found
 
     # ------------------------------------------------------------------------------------------
     # copies
@@ -295,8 +276,8 @@ class SavedGuide(AutoGuide):
     def __getstate__(self) -> dict[str, Any]:
         PyroModule.__getstate__(self)  # takes Pyro's weak references off the parameters
         state = self._whole_state()
-        reference = _Reference.of(self._raw_model[0]) if self.attached else None
-        state.update(_model=None, _raw_model=reference, _plate_sizes={})
+        reference = Reference.of(self._raw_model[0]) if self.attached else None
+        state.update(_model=None, _raw_model=reference, _plate_sizes=PlateSizes())
         for name in self._functions:
             state[name] = self._portable(name, state.get(name))
         return state
@@ -305,7 +286,7 @@ class SavedGuide(AutoGuide):
         teach_divergence()
         reference = state.get("_raw_model")
         super().__setstate__({**_renewed(state), "_raw_model": None})
-        model = reference.find() if isinstance(reference, _Reference) else None
+        model = reference.find() if isinstance(reference, Reference) else None
         if model is not None:
             self.attach(model)
 
@@ -346,7 +327,7 @@ class SavedGuide(AutoGuide):
                 "needed until the guide has seen its model: call guide.setup(*args) first, or use "
                 "a function that can be imported"
             )
-        return _Lost(name)
+        return Lost(name)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -394,71 +375,6 @@ class SavedGuide(AutoGuide):
             missing.remove(key)
 
 
-class _Plate:
-    """Size of a plate, of its subsample, and the subsample where the model gave it."""
-
-    def __init__(self, size: int, subsample_size: int | None, subsample: Any = None) -> None:
-        self.size, self.subsample_size, self.subsample = size, subsample_size, subsample
-
-    @property
-    def rows(self) -> int:
-        """Rows that the model takes."""
-        if self.subsample is not None:
-            return len(self.subsample)
-        return self.size if self.subsample_size is None else self.subsample_size
-
-
-class _SeePlates(poutine.messenger.Messenger):
-    """Remember the plates of these names while the model runs."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__()
-        self.names, self.found = set(names), dict[str, _Plate]()
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.names and poutine.util.site_is_subsample(msg):
-            fn = msg["fn"]
-            size = fn.subsample_size if msg["value"] is None else None
-            self.found[msg["name"]] = _Plate(fn.size, size, msg["value"])
-
-
-class _Reference:
-    """A function by its name, so that a file holds no code and no data of it."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self.module, self.name = module, name
-
-    @classmethod
-    def of(cls, function: Any) -> _Reference | None:
-        """Reference of a function that another process can import, else None."""
-        module, name = (getattr(function, k, None) for k in ("__module__", "__qualname__"))
-        if not inspect.isfunction(function) or module in (None, "__main__", "__mp_main__"):
-            return None
-        module, name = str(module), str(name)
-        found = cls(module, name)
-        return found if found.find() is function else None
-
-    def find(self) -> Callable | None:
-        """The function, or None where it cannot be imported."""
-        try:
-            return getattr(importlib.import_module(self.module), self.name, None)
-        except ImportError:
-            return None
-
-
-class _Lost:
-    """Stands where a function could not be saved; an error when it is called."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"this guide was loaded from a file, and its {self.name.strip('_')} could not be "
-            f"saved: set it again, guide.{self.name} = ..."
-        )
-
-
 def _renewed(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a guide as it is now, of one that was pickled before there were layouts."""
     supports = state.get("_model_supports")
@@ -468,7 +384,8 @@ def _renewed(state: dict[str, Any]) -> dict[str, Any]:
     if supports is not None:
         state = {**state, "_nesting": supports.nesting}
     gone = ("_model_supports", "local_sites")
-    return {name: value for name, value in state.items() if name not in gone}
+    kept = {name: value for name, value in state.items() if name not in gone}
+    return {**kept, "_plate_sizes": PlateSizes()}
 
 
 def _light(trace: poutine.Trace) -> poutine.Trace:
@@ -482,14 +399,5 @@ def _light(trace: poutine.Trace) -> poutine.Trace:
     return light
 
 
-def _shapes(thing: Any) -> Any:
-    """What sizes of plates may depend on: shapes of tensors, whole numbers, lengths; hashable."""
-    if isinstance(thing, Tensor):
-        return tuple(thing.shape)
-    if isinstance(thing, Mapping):
-        return tuple((k, _shapes(v)) for k, v in thing.items())
-    if isinstance(thing, list | tuple):
-        return len(thing), tuple(_shapes(v) for v in thing[:100])
-    if hasattr(thing, "shape"):
-        return tuple(thing.shape)
-    return thing if isinstance(thing, int | str | bool | None) else type(thing)
+# by these names guides that were pickled before the files were divided ask for them
+_Reference, _Lost = Reference, Lost
