@@ -195,7 +195,7 @@ class Flow(PyroModule):
         """
         values = self._register() if am_i_wrapped() else {}
         seen: Flow = substituted(self, values, draws_of(self))
-        return seen._made(context)
+        return seen.plain_distribution(context)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """Return the distribution without telling Pyro.
@@ -204,15 +204,16 @@ class Flow(PyroModule):
         for this distribution, as sites of a model that is being run.
         """
         if torch.compiler.is_compiling():  # a graph has neither a store nor sites
-            return self._made(context)
+            return self.plain_distribution(context)
         if store.is_loaded(self._store_name):
             store.claim(self._store_name, self)  # also outside of inference
         if has_draws(self):
             with self.__dict__["_pyro_context"]:
-                return substituted(self, {}, draws_of(self))._made(context)
-        return self._made(context)
+                return substituted(self, {}, draws_of(self)).plain_distribution(context)
+        return self.plain_distribution(context)
 
-    def _made(self, context: Tensor | None) -> FlowDistribution:
+    def plain_distribution(self, context: Tensor | None) -> FlowDistribution:
+        """As :meth:`distribution`, of the present tensors alone: nothing is claimed or drawn."""
         context = self.embed(context)
         base, transform = self._parts()
         make = base.distribution if isinstance(base, Flow) else base

@@ -176,7 +176,7 @@ class MixedMixture(nn.Module):
                 resp, last = _seeded(flat, w, k, generator), -math.inf
                 for step in range(iterations if k > 1 else 1):
                     model = cls._maximize(w * resp, numbers, hot, freq, spread, is_label)
-                    joint = model._joint(numbers, hot)
+                    joint = model.joint(numbers, hot)
                     total = joint.logsumexp(1)
                     resp = (joint - total[:, None]).exp()
                     now = float((w[:, 0] * total).sum()) / size
@@ -191,9 +191,9 @@ class MixedMixture(nn.Module):
             raise RuntimeError("no mixture could be fitted")
         if max_components == 1:
             return best
-        return best._with_rare(numbers, labels, hot, freq, spread, w)
+        return best.with_rare(numbers, labels, hot, freq, spread, w)
 
-    def _with_rare(
+    def with_rare(
         self,
         numbers: Tensor,
         labels: Tensor,
@@ -214,12 +214,12 @@ class MixedMixture(nn.Module):
             count = (w * table).sum(0)
             for b in ((count >= rows[0]) & (count <= min(rows[1], 0.02 * size))).nonzero()[:8, 0]:
                 mine = (labels[:, j] == b).double()[:, None]
-                joint = best._joint(numbers, hot)
+                joint = best.joint(numbers, hot)
                 old = float((w[:, 0] * joint.logsumexp(1)).sum())
                 resp = torch.cat([joint.softmax(1) * (1 - mine), mine], 1)
                 for _ in range(10):
                     new = self._maximize(w * resp, numbers, hot, freq, spread, self.is_label)
-                    joint = new._joint(numbers, hot)
+                    joint = new.joint(numbers, hot)
                     resp = joint.softmax(1)
                 gain = float((w[:, 0] * joint.logsumexp(1)).sum()) - old
                 if 2 * gain > one * math.log(size):
@@ -258,7 +258,7 @@ class MixedMixture(nn.Module):
             is_label,
         )
 
-    def _joint(self, numbers: Tensor, hot: list[Tensor]) -> Tensor:
+    def joint(self, numbers: Tensor, hot: list[Tensor]) -> Tensor:
         d = numbers.shape[1]
         e = torch.linalg.solve_triangular(
             self.chol, (numbers[None] - self.mean[:, None]).mT, upper=False

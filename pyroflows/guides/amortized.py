@@ -64,8 +64,6 @@ class AmortizedFlow(SavedGuide):
         Rezende, Mohamed (2015), Variational inference with normalizing flows. arXiv:1505.05770
     """
 
-    _functions = (*SavedGuide._functions, "_inputs", "_flow", "_local")
-
     def __init__(
         self,
         model: Callable,
@@ -96,6 +94,10 @@ class AmortizedFlow(SavedGuide):
     @property
     def _follows_plates(self) -> bool:
         return True
+
+    @property
+    def _functions(self) -> tuple[str, ...]:
+        return *super()._functions, "_inputs", "_flow", "_local"
 
     def _adopt(self) -> None:
         for name in ("encoder", "local_transform"):

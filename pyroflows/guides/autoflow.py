@@ -75,7 +75,6 @@ class AutoFlow(SavedGuide, AutoContinuous):
     """
 
     local: Any  #: the :class:`LocalNormals` of subsampled plates, or None
-    _functions = (*SavedGuide._functions, "_flow")
 
     def __init__(
         self,
@@ -483,6 +482,10 @@ class AutoFlow(SavedGuide, AutoContinuous):
 
     # ------------------------------------------------------------------------------------------
     # copies
+
+    @property
+    def _functions(self) -> tuple[str, ...]:
+        return *super()._functions, "_flow"
 
     def _whole_state(self) -> dict[str, Any]:
         state = super()._whole_state()

@@ -54,8 +54,6 @@ class SavedGuide(AutoGuide):
     prototype_trace: Any
     _init_loc_fn: Callable
     _pending_state: dict[str, Any] | None
-    _functions: tuple[str, ...] = ("_init_loc_fn", "create_plates")  #: what a pickle may lose
-
     def __init__(
         self,
         model: Callable,
@@ -297,6 +295,11 @@ class SavedGuide(AutoGuide):
         shared = {name: state.pop(name) for name in ("_model", "_raw_model", *self._functions)}
         super(SavedGuide, new).__setstate__({**copy.deepcopy(state, memo), **shared})
         return new
+
+    @property
+    def _functions(self) -> tuple[str, ...]:
+        """Names of the attributes that a pickle may lose."""
+        return "_init_loc_fn", "create_plates"
 
     def _whole_state(self) -> dict[str, Any]:
         """Everything, with the light trace and without what is remembered between calls."""
