@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PackedParameters", "Transport", "upgrade_pickle", "upgrade_state"]
+from pyroflows.guides.plates import PlateSizes
+from pyroflows.guides.sites import Site, Sites
+
+__all__ = [
+    "PackedParameters",
+    "Transport",
+    "upgrade_layouts",
+    "upgrade_pickle",
+    "upgrade_state",
+]
 
 _RENAMED = {
     "transport.loc": "transport.parts.1.loc",
@@ -57,6 +66,19 @@ def upgrade_state(state: dict[str, Any], prefix: str = "") -> None:
         old = key[len(prefix) :]
         inner = old.replace("transport.flow.", "transport.parts.0.bijection.parts.0.", 1)
         state[prefix + _RENAMED.get(old, inner)] = state.pop(key)
+
+
+def upgrade_layouts(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a pickled guide, of one from before there were layouts of sites too."""
+    supports = state.get("_model_supports")
+    local = state["_modules"].get("local")
+    if local is not None and not isinstance(local.sites, Sites):
+        local.sites = Sites(Site.of(message) for message in local.sites.values())
+    if supports is not None:
+        state = {**state, "_nesting": supports.nesting}
+    gone = ("_model_supports", "local_sites")
+    kept = {name: value for name, value in state.items() if name not in gone}
+    return {**kept, "_plate_sizes": PlateSizes()}
 
 
 def upgrade_pickle(

@@ -21,10 +21,10 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyroflows.guides.latent import LatentDensity
+from pyroflows.guides.legacy import upgrade_layouts
 from pyroflows.guides.plates import PlateSize, PlateSizes
 from pyroflows.guides.references import Lost, Reference
 from pyroflows.guides.sites import (
-    Site,
     Sites,
     bijection_of,
     detached,
@@ -283,7 +283,7 @@ class SavedGuide(AutoGuide):
     def __setstate__(self, state: dict[str, Any]) -> None:
         teach_divergence()
         reference = state.get("_raw_model")
-        super().__setstate__({**_renewed(state), "_raw_model": None})
+        super().__setstate__({**upgrade_layouts(state), "_raw_model": None})
         model = reference.find() if isinstance(reference, Reference) else None
         if model is not None:
             self.attach(model)
@@ -376,19 +376,6 @@ class SavedGuide(AutoGuide):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         if key in missing:  # a state from before there were names
             missing.remove(key)
-
-
-def _renewed(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a guide as it is now, of one that was pickled before there were layouts."""
-    supports = state.get("_model_supports")
-    local = state["_modules"].get("local")
-    if local is not None and not isinstance(local.sites, Sites):
-        local.sites = Sites(Site.of(message) for message in local.sites.values())
-    if supports is not None:
-        state = {**state, "_nesting": supports.nesting}
-    gone = ("_model_supports", "local_sites")
-    kept = {name: value for name, value in state.items() if name not in gone}
-    return {**kept, "_plate_sizes": PlateSizes()}
 
 
 def _light(trace: poutine.Trace) -> poutine.Trace:
