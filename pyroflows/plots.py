@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyroflows.tables import as_frame
 from pyroflows.training.history import History
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ def _draws(
     """Rows of the table and as many draws, given the same columns if the model is conditional."""
     real = table.sample(min(rows, len(table)), random_state=seed)
     if model.engine_.num_given:
-        return real, model.sample(1, given=real, random_state=seed)
-    return real, model.sample(len(real), random_state=seed)
+        return real, as_frame(model.sample(1, given=real, random_state=seed))
+    return real, as_frame(model.sample(len(real), random_state=seed))
 
 
 def marginals(
@@ -383,7 +384,9 @@ def conditional_density(
         _say(ax, "no values")
         return ax
     if grid is None:
-        drawn = model.sample(2000, given, random_state=0)[column] if _is_number(spec) else None
+        drawn = None
+        if _is_number(spec):
+            drawn = as_frame(model.sample(2000, given, random_state=0))[column]
         cells = _grid(spec, drawn)
     else:
         cells = pd.Series(list(grid))

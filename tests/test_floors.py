@@ -27,10 +27,10 @@ NEW_PACKAGES = {
     0: {"torch"},
     1: {"pyro"},
     4: {"numpy", "tqdm", "pandas"},
-    5: {"arviz", "sklearn", "safetensors", "pyarrow"},
+    5: {"arviz", "sklearn", "safetensors", "pyarrow", "polars"},
     6: {"matplotlib"},
 }
-ONLY_WHERE_USED = {"pandas", "arviz", "sklearn", "safetensors", "pyarrow", "matplotlib"}
+ONLY_WHERE_USED = {"pandas", *NEW_PACKAGES[5], *NEW_PACKAGES[6]}
 TORCH_ONLY = {"conditioners"}
 
 

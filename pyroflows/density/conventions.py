@@ -88,10 +88,14 @@ class Conventions:
         return hasattr(self, "engine_")
 
     def set_output(self, *, transform: str | None = None) -> Self:
-        """Whether tables come back as ``"pandas"`` or, with ``"default"``, as arrays."""
-        if transform not in (None, "pandas", "default"):
+        """Give tables back as those of ``"pandas"``, ``"polars"`` or ``"pyarrow"``, whatever came.
+
+        With ``"default"``, samples and imputations come back as arrays; None changes nothing.
+        """
+        if transform not in (None, "pandas", "polars", "pyarrow", "default"):
             raise ValueError(
-                f"set_output: transform must be 'pandas', 'default' or None; got {transform!r}"
+                "set_output: transform must be 'pandas', 'polars', 'pyarrow', 'default' or None; "
+                f"got {transform!r}"
             )
         if transform is not None:
             self._output = transform

@@ -35,6 +35,7 @@ from pyroflows.density.queries import (
 from pyroflows.density.streaming import Source, TableFile, shards_of
 from pyroflows.flow import Flow
 from pyroflows.tables import as_frame
+from pyroflows.tables.frames import takes_tables
 from pyroflows.tables.schema import ignored
 from pyroflows.training.budget import Budget
 from pyroflows.training.parallel import rank_and_world
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["DensityEstimator", "NotFittedError"]
 
 
+@takes_tables("X", "given", "real")
 class DensityEstimator(Conventions):
     r"""Density of the rows of a table: exact log-densities, samples, conditionals and imputations.
 

@@ -181,7 +181,11 @@ class Column:
             atoms = find_atoms(x)
         self.atoms = [float(v) for v in atoms]
         if self.held and "clock" in self.held.kind:
-            self.lower, self.upper = 0.0, 86400.0 - (self.step or 0.0)
+            self.lower, self.upper = 0.0, 86400.0
+            if self.step:  # the first and the last of the day
+                self.lower = self.anchor % self.step
+                steps = np.ceil((86400.0 - self.lower) / self.step - 1e-9) - 1
+                self.upper = self.lower + float(steps) * self.step
         elif self.origin == 0:
             self.lower, self.upper = find_bounds(x, self.step)
             end = DEGREES.get(str(self.name).lower())

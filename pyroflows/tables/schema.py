@@ -17,6 +17,7 @@ import numpy as np
 
 from pyroflows.tables.columns import Column
 from pyroflows.tables.constraints import Parsed, Relation, in_words, parse_constraint
+from pyroflows.tables.frames import read_table
 from pyroflows.tables.infer import Numbers, find_step
 from pyroflows.tables.keys import suspicion
 from pyroflows.tables.storage import canonical
@@ -398,13 +399,14 @@ def _warn(column: Column, series: pd.Series) -> None:
 
 
 def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:
-    """A DataFrame of a Series, a mapping, or an array of shape (rows, columns).
+    """A DataFrame of any table, a Series, a mapping, or an array of shape (rows, columns).
 
     Raises:
         ValueError: If it has not two axes, or is sparse, complex or empty.
     """
     import pandas as pd
 
+    x = read_table(x)
     if isinstance(x, pd.DataFrame):
         return x
     if hasattr(x, "toarray"):
@@ -413,8 +415,6 @@ def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:
         return x.to_frame()
     if isinstance(x, Mapping):
         return pd.DataFrame(x)
-    if hasattr(x, "to_pandas"):  # polars, pyarrow
-        return x.to_pandas()
     if hasattr(x, "detach"):
         x = x.detach().cpu().numpy()
     array = np.asarray(x)
