@@ -99,6 +99,34 @@ class LinearRational(Spline):
         v = (u / share).clamp(0, 1)
         return left, e, share, rise, c, v, u, rise * c * v / (1 - v + c * v)
 
+    @staticmethod
+    def _moebius_gradient(
+        c: Tensor, v: Tensor, g_half: Tensor, g_log: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the half's map t = c v / (1 - v + c v) and of the logarithm of its slope.
+
+        Args:
+            c: Its parameter.
+            v: Its input.
+            g_half: Gradient of t, or of v if ``inverse``.
+            g_log: Gradient of -log(1 - v + c v).
+            inverse: Whether v is the output.
+
+        Returns:
+            t; gradients of t, v and log c.
+        """
+        # dt/dv = c / den² and dt/dc = v (1 - v) / den²
+        over_den = torch.reciprocal(1 - v + c * v)
+        t_v = c * over_den * over_den
+        bend = g_log * over_den
+        if inverse:
+            g_v = -g_half
+            g_t = (g_v + bend * (c - 1)) / t_v
+        else:
+            g_t = g_half
+            g_v = g_t * t_v - bend * (c - 1)
+        return c * v * over_den, g_t, g_v, v * ((1 - v) * g_t * t_v - bend * c)
+
     def in_bin_gradient(
         self,
         ends: Tensor,
@@ -120,22 +148,10 @@ class LinearRational(Spline):
         u = (z - y0) / h if inverse else (z - x0) / w
         left, e, share, rise, c, v, xi, r = self._half(u, w / h, root, shares, inverse)
         sign = 2 * left - 1
-        # dt/dv = c / den² and dt/dc = v (1 - v) / den²
-        over_den = torch.reciprocal(1 - v + c * v)
-        t = c * v * over_den
-        t_v = c * over_den * over_den
-        if inverse:
-            g_log = -2 * g_log
-            bend = g_log * over_den
-            g_v = -share * sign * w * g_out
-            g_t = (g_v + bend * (c - 1)) / t_v
-        else:
-            g_log = 2 * g_log
-            bend = g_log * over_den
-            g_t = sign * rise * h * g_out
-            g_v = g_t * t_v - bend * (c - 1)
-        # Of the logarithms of rise, c and √δ, and of m.
-        g_rise, g_c = g_t * t, v * ((1 - v) * g_t * t_v - bend * c)
+        g_log = -2 * g_log if inverse else 2 * g_log
+        g_half = sign * (share * w if inverse else rise * h) * g_out
+        t, g_t, g_v, g_c = self._moebius_gradient(c, v, g_half, g_log, inverse)
+        g_rise = g_t * t
         parts = root * shares
         g_m = (g_c - g_rise) / parts.sum(0)
         g_e = g_log + g_rise + g_c
