@@ -79,12 +79,12 @@ class Masked(Conditioner):
         self.register_buffer("mask", torch.ones(len(self.weights), dtype=torch.bool))
         self._set_mask(order, graph)
         self._known: Twin[tuple[list[int], list[list[int]]]] = Twin()
-        self._plan()
+        self.plan()
 
     def _set_mask(self, order: list[int], graph: Tensor | None) -> None:
         sets, _ = self._sets(order, graph)
         inside = _is_part_of(sets, sets)
-        layers, _ = self._unpack(self.mask)
+        layers, _ = self.unpack(self.mask)
         seen = sets.t()
         for (weight, _), width in zip(layers[:-1], self.widths, strict=True):
             units = self._spread_evenly(width, len(sets))
@@ -113,7 +113,7 @@ class Masked(Conditioner):
             )
         return [(k * count - 1) // width for k in range(1, width + 1)]
 
-    def _plan(self) -> tuple[list[int], list[list[int]]] | None:
+    def plan(self) -> tuple[list[int], list[list[int]]] | None:
         """Return the order, and for each hidden layer the unit at which degree m = 0..D begins."""
         graph = () if self.adjacency is None else (self.adjacency,)
         return self._known.of(self._read_plan, self.order, *graph)
@@ -135,11 +135,11 @@ class Masked(Conditioner):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._plan()
+        self.plan()
 
     def layers(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Return (W, b) of each layer, masked weights zero, and the context's weight."""
-        return self._unpack(self.weights * self.mask)
+        return self.unpack(self.weights * self.mask)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Params:
         """Return θ of shape ``(num_params, *batch, input_dim)`` for all features at once."""
@@ -172,7 +172,7 @@ class SequentialPass:
     """
 
     def __init__(self, net: Masked, batch_shape: Sequence[int], context: Tensor | None) -> None:
-        plan = net._plan()
+        plan = net.plan()
         if plan is None:
             raise RuntimeError(
                 "the network is on the meta device and holds nothing: .to_empty(device=...), "
@@ -185,7 +185,7 @@ class SequentialPass:
         batch, grad = math.prod(batch_shape), torch.is_grad_enabled() or not plain()
         # sorted degrees make all that a unit sees a prefix, and by default it sees all of that
         seen = net.weights if net.adjacency is None else net.weights * net.mask
-        layers, from_context = net._unpack(seen)
+        layers, from_context = net.unpack(seen)
         (first, bias), *hidden, (last, last_bias) = layers
         self.hidden = [(first.index_select(0, net.order).t().contiguous(), bias.unsqueeze(-1))]
         self.hidden += [(weight.t().contiguous(), bias.unsqueeze(-1)) for weight, bias in hidden]
@@ -198,7 +198,7 @@ class SequentialPass:
         self.act = torch.relu_ if type(net.act) is nn.ReLU and not net.residual else net.act
         self.from_context: Tensor | None = None
         if from_context is not None and context is not None:
-            shift = net._spread(context @ from_context, batch_shape)
+            shift = net.spread_context(context @ from_context, batch_shape)
             self.from_context = shift.view(-1, shift.shape[-1]).t()
         self._advance()
 

@@ -68,7 +68,7 @@ class Conditioner(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights as ``nn.Linear`` does; zero the last layers of network and blocks."""
-        layers, from_context = self._unpack(self.weights)
+        layers, from_context = self.unpack(self.weights)
         for i, (weight, bias) in enumerate(layers):
             limit = 1 / math.sqrt(len(weight))
             zero = i == len(layers) - 1 or (self.residual and i > 0 and i % 2 == 0)
@@ -78,7 +78,8 @@ class Conditioner(nn.Module):
             limit = 1 / math.sqrt(self.context_dim)
             from_context.uniform_(-limit, limit)
 
-    def _unpack(self, packed: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    def unpack(self, packed: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Return the views of a packed vector: (W, b) of each layer, and the context's weight."""
         pieces = packed.split(self._sizes)
         views = [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
         from_context = views.pop() if self.context_dim else None
@@ -86,7 +87,7 @@ class Conditioner(nn.Module):
 
     def layers(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """Return (W, b) of each layer h W + b, and the context's weight, as they are applied."""
-        return self._unpack(self.weights)
+        return self.unpack(self.weights)
 
     def _theta(self, x: Tensor, context: Tensor | None) -> Params:
         """Shape ``(*batch, in_features)`` to ``(num_params, *batch, out_features)``."""
@@ -96,7 +97,7 @@ class Conditioner(nn.Module):
             x = x.reshape(-1, x.shape[-1])
         shift = None
         if from_context is not None and context is not None:
-            shift = self._spread(context @ from_context, batch)
+            shift = self.spread_context(context @ from_context, batch)
         narrow = self.num_params < _FEATURE_MAJOR_FROM
         if type(self.act) is nn.ReLU and not self.residual:
             theta = perceptron(x, layers, shift, feature_major=not narrow)
@@ -130,7 +131,7 @@ class Conditioner(nn.Module):
         return self.act(h)
 
     @staticmethod
-    def _spread(shift: Tensor, batch: Sequence[int]) -> Tensor:
+    def spread_context(shift: Tensor, batch: Sequence[int]) -> Tensor:
         """What the context adds, ``(*context batch, width)``, one row a member or one for all."""
         if shift.dim() == 1:
             return shift
