@@ -153,6 +153,13 @@ def test_the_schedule_of_an_unknown_length_ends_at_zero():
         (lambda: [rows()], {"validation": 0.2}, ValueError, "a second loader, or rows"),
         (lambda: [rows()], {"validation": iter([rows()])}, ValueError, "validation is an iter"),
         (lambda: [rows()], {"validation": Again()}, ValueError, "validation gave no rows"),
+        (lambda: (rows(), rows()), {}, TypeError, r"fit\(flow, x, context\).*got a tuple"),
+        (lambda: {"x": rows()}, {}, TypeError, "got a dict of them"),
+        (lambda: [["a", "b"]], {}, TypeError, "expects numbers; got list of <U1.*DensityEst"),
+        (lambda: rows(), {"ema": 1.0}, ValueError, "ema between 0 and 1; got 1.0"),
+        (lambda: rows(), {"callbacks": [3]}, TypeError, "callbacks to be functions"),
+        (lambda: rows(), {"clip_norm": 0}, ValueError, "positive clip_norm; got 0"),
+        (lambda: rows(), {"checkpoint": "/tmp"}, ValueError, "is a folder"),
     ],
 )
 def test_batches_that_cannot_be_used_are_refused(x, options, error, match):

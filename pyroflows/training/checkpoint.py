@@ -44,7 +44,10 @@ class Checkpoint:
             ValueError: If the file is of another fit, or is none.
         """
         if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             return None
+        if self.path.is_dir():
+            raise ValueError(f"fit: {self.path} is a folder; give the checkpoint a file")
         try:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
             there = state["settings"]
@@ -67,7 +70,6 @@ class Checkpoint:
 
     def save(self, **state: Any) -> None:
         """Write the state in place of the last one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + ".part")
         torch.save({"settings": self.settings, **state}, part)
         os.replace(part, self.path)

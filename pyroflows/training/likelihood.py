@@ -180,6 +180,12 @@ class Options:
             )
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"fit expects a positive max_time; got {self.max_time}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"fit expects ema between 0 and 1; got {self.ema}")
+        if not all(map(callable, self.callbacks)):
+            raise TypeError(f"fit expects callbacks to be functions; got {self.callbacks!r:.80}")
+        if not callable(self.clip_norm) and not self.clip_norm > 0:
+            raise ValueError(f"fit expects a positive clip_norm; got {self.clip_norm}")
         for name in ("optimizer", "scheduler"):
             value = getattr(self, name)
             if value is not None and not callable(value):

@@ -94,7 +94,15 @@ def _refuse(value: Tensor | None, good: Callable[[Tensor], Tensor], what: str) -
 
 
 def _tensor(values: Any) -> Tensor:
-    return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
+    if isinstance(values, Tensor):
+        return values.detach()
+    found = np.asarray(values)
+    if found.dtype.kind not in "biufc":
+        raise TypeError(
+            f"fit expects numbers; got {type(values).__name__} of {found.dtype}. Of a table with "
+            "text or dates, DensityEstimator learns the density"
+        )
+    return torch.tensor(found)
 
 
 def as_rows(x: Tensor, context: Tensor | None = None, weight: Tensor | None = None) -> Rows:

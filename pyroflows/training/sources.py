@@ -212,6 +212,11 @@ def sources(
     if isinstance(x, TensorDataset) and data[1] is None and len(x.tensors) < 4:
         data = (*x.tensors, *data[len(x.tensors) :])
     elif _gives_batches(x, flow):
+        if isinstance(x, (tuple, Mapping)):
+            raise TypeError(
+                "fit expects rows and contexts as fit(flow, x, context), and batches as a list or "
+                f"a loader; got a {type(x).__name__} of them"
+            )
         if data[1] is not None or data[2] is not None:
             raise ValueError(
                 "fit: contexts and weights come with the batches of a loader, as (x, context, "
