@@ -151,3 +151,17 @@ def test_every_file_says_what_it_exports():
         )
     ]
     assert not missing, f"no __all__ in {missing}"
+
+
+@pytest.mark.parametrize(
+    ("application", "needs"),
+    [("density", {"families", "conditioners", "flow", "training", "weights"})],
+)
+def test_applications_stand_on_the_house(application, needs):
+    used = {
+        first_word(name)
+        for module, path in MODULES.items()
+        if first_word(module) == application
+        for name, _, _ in inside(path)
+    }
+    assert needs <= used, f"{application} does without {sorted(needs - used)}"

@@ -187,10 +187,7 @@ def plan(model: TableModel, n: int, settings: Settings, seconds: float) -> Plan:
 def _seconds_per_step(model: TableModel, batch: int) -> float:
     """What one step takes, about."""
     width = model.config["hidden_dim"]
-    outputs = sum(
-        s * (p + 3 * model.config["components"])
-        for s, p in zip(model.sizes, model.bins, strict=True)
-    )
+    outputs = sum(len(g) * (g.bins + 3 * model.config["components"]) for g in model.groups)
     targets = len(model.targets) * (0.8 + 1.2e-4 * width * width)
     cost, fixed = 1e-6 * model.members * (outputs * 0.03 + targets), 5e-3
     if model.reads is not None:

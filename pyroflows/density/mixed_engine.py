@@ -158,7 +158,8 @@ class MixedEngine(Engine):
                 **header["config"],
             )
         model.load_state_dict(part("model."))
-        return cls(model=model.eval().requires_grad_(False))
+        model.nets.requires_grad_(False)
+        return cls(model=model.eval())
 
 
 def _uniforms(generator: torch.Generator) -> Uniforms:

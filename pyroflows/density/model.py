@@ -8,10 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,18 +74,106 @@ class Rows:
         )
 
 
-class TableModel(nn.Module):
-    r"""p(targets | given), a product over columns in a fixed order, seldom complete ones last.
+@dataclasses.dataclass(frozen=True)
+class ColumnSpec:
+    """One column of a model, whose places count in model order.
+
+    Attributes:
+        column: Its number in the schema.
+        cells: Its cells, on the CPU.
+        slice: Where its features lie among those of all columns.
+        position: Where a target lies among the targets of its kind.
+    """
+
+    column: int
+    cells: LabelCells | NumberCells
+    slice: slice
+    position: int = 0
+
+
+@dataclasses.dataclass
+class Group:
+    """The targets of one kind, labels or numbers; their networks have the same outputs.
+
+    Those are the log-odds of a missing cell, then logits of ``bins`` bins, and for numbers logits,
+    locations and raw scales of ``components`` logistics each. What depends on the features
+    linearly too are the last of them: all but the bins for numbers, all for labels.
+
+    Attributes:
+        targets: Which targets they are.
+        bins: Bins of the largest histogram.
+        components: Logistics, 0 for labels.
+        log_mass: Marginal log-probabilities of the bins, shape (len(targets), bins).
+    """
+
+    targets: list[int]
+    bins: int
+    components: int
+    log_mass: Tensor
+
+    @classmethod
+    def of(cls, targets: Sequence[LabelCells | NumberCells], components: int) -> Group:
+        """The targets with components, or those without: the labels."""
+        own = [t for t, c in enumerate(targets) if c.is_label == (components == 0)]
+        bins = max([targets[t].num_bins for t in own], default=1)
+        log_mass = torch.full((len(own), bins), NEVER, dtype=torch.float32)
+        for i, t in enumerate(own):
+            log_mass[i, : targets[t].num_bins] = targets[t].bin_mass.log()
+        return cls(own, bins, components, log_mass)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def num_outputs(self) -> int:
+        """Of each network."""
+        return 1 + self.bins + 3 * self.components
+
+    @property
+    def num_linear(self) -> int:
+        """How many of them depend on the features linearly too."""
+        return 3 * self.components or self.num_outputs
+
+    def rows(self, members: int, i: int) -> list[int]:
+        """The networks of the target at a position, in the group."""
+        return [m * len(self) + i for m in range(members)]
+
+    def start(self, bias: Tensor, cells: LabelCells | NumberCells, missing: float) -> None:
+        """Let outputs begin as a column's marginal, shape (M, 1, num_outputs).
+
+        Args:
+            bias: Changed in place.
+            cells: The column.
+            missing: Its share of missing cells.
+        """
+        odds, bins, logits, loc, raw = bias.split([1, self.bins, *[self.components] * 3], -1)
+        bins[:] = -30.0
+        bins[..., : cells.num_bins] = cells.bin_mass.float().clamp_min(1e-12).log()
+        odds[:] = math.log(max(missing, 1e-6) / max(1 - missing, 1e-6))
+        if isinstance(cells, LabelCells):
+            return
+        # halves for bins and logistics; the atoms' own probability is whole from the start
+        first, k = cells.hist.num_bins, self.components
+        bins[..., first : cells.num_bins] += math.log(2)
+        logits[:] = math.log(max(1 - float(cells.bin_mass[first:].sum()), 1e-6) / k)
+        spread = torch.linspace(-1.5, 1.5, k) if k > 1 else torch.zeros(1)
+        loc[:, 0] = spread + 0.1 * torch.randn(len(bias), k)
+        raw[:] = -0.5
+
+
+class TableModel:
+    r"""p(targets | given), a product over columns in a fixed order, with missing cells last.
 
     .. math:: p(x_t \mid x_{<t}) = (1 - \alpha_t)\, \frac1M \sum_m p_m(x_t \mid x_{<t}) +
     \alpha_t\, q(x_t \mid x_{<t})
 
     with M networks per column and, for small tables, a mixed mixture q; every term is an exact
-    conditional density. One network call per column in either direction.
+    conditional density. One network call per column in either direction. The networks have a
+    device; all else stays on the CPU.
 
     Args:
         schema: The table's columns.
-        cells: One module per column in model order; it stays on the CPU in float64.
+        cells: One module per column in model order, float64.
         order: Column of the schema at each place of the model order, given columns first.
         num_given: How many are given.
         members: Networks per column, M.
@@ -97,6 +184,14 @@ class TableModel(nn.Module):
         mixture: q, if any.
         reads: For a wide table, the places in model order that each target's networks read; None
             where they read all earlier ones. See :func:`pyroflows.density.reads.choose_reads`.
+
+    Attributes:
+        specs: The columns in model order.
+        groups: The targets that are numbers, and those that are labels.
+        nets: Their networks.
+        alpha: Weights of the simple model, shape (T,).
+        has_missing: Which targets have missing cells, shape (T,).
+        regions: What rows are restricted to.
     """
 
     regions = Regions()
@@ -116,125 +211,112 @@ class TableModel(nn.Module):
         mixture: MixedMixture | None = None,
         reads: list[list[int]] | None = None,
     ) -> None:
-        super().__init__()
-        self.schema, self.order, self.num_given = schema, list(order), num_given
-        # a tuple hides them from .to(): decoding wants float64 on the CPU
-        self._host = list(cells), mixture
-        self.config = dict(
-            members=members,
-            hidden_dim=hidden_dim,
-            depth=depth,
-            components=components,
-            dropout=dropout,
-        )
-        self.members = members
-        ends = np.cumsum([0, *(c.num_features for c in cells)])
-        self.slices = [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        targets = self.targets
-        t_count = len(targets)
-        self.reads = reads
-        mask = torch.zeros(t_count, max(int(ends[-1]), 1))
-        for t in range(t_count):
-            mask[t, : ends[num_given + t]] = 1
-        index = None
-        if reads is not None:
-            index, mask = _index_of(reads, self.slices)
-        self.place: list[tuple[int, int]] = []  # group and position of each target
-        sizes = [0, 0]
-        for c in targets:
-            self.place.append((int(c.is_label), sizes[c.is_label]))
-            sizes[c.is_label] += 1
-        self.sizes = sizes
-        groups = [
-            [
-                m * t_count + t
-                for m in range(members)
-                for t in range(t_count)
-                if self.place[t][0] == kind
-            ]
-            for kind in (0, 1)
-        ]
-        self.bins = [
-            max([c.num_bins for c in targets if c.is_label == bool(kind)], default=1)
-            for kind in (0, 1)
-        ]
-        outputs = [1 + self.bins[0] + 3 * components, 1 + self.bins[1]]
+        self.schema, self.num_given = schema, num_given
+        self.members, self.reads, self.mixture = members, reads, mixture
+        sizes = dict(hidden_dim=hidden_dim, depth=depth, dropout=dropout)
+        self.config = dict(members=members, components=components, **sizes)
+        self.specs = _specs(cells, order, num_given)
+        self.order, self.cells = list(order), list(cells)
+        self.targets = self.cells[num_given:]
+        self.groups = (Group.of(self.targets, components), Group.of(self.targets, 0))
+        t = len(self.targets)
+        index, mask = self._seen()
         self.nets = ColumnNets(
             mask.repeat(members, 1),
-            groups,
-            outputs,
-            [3 * components, 1 + self.bins[1]],
+            [[m * t + i for m in range(members) for i in g.targets] for g in self.groups],
+            [g.num_outputs for g in self.groups],
+            [g.num_linear for g in self.groups],
             hidden_dim=hidden_dim,
             depth=depth,
             dropout=dropout,
             index=index,
         )
-        self.register_buffer("alpha", torch.zeros(t_count, dtype=torch.float32))
-        self.register_buffer(
-            "has_missing", torch.tensor([bool(c.missing_seen) for c in targets], dtype=torch.bool)
-        )
-        for kind in (0, 1):
-            log_mass = torch.full((sizes[kind], self.bins[kind]), NEVER, dtype=torch.float32)
-            for t, c in enumerate(targets):
-                if self.place[t][0] == kind:
-                    log_mass[self.place[t][1], : c.num_bins] = c.bin_mass.log()
-            self.register_buffer(f"log_mass{kind}", log_mass, persistent=False)
-        self._start(components)
+        self.alpha = torch.zeros(t, dtype=torch.float32)
+        self.has_missing = torch.tensor([bool(c.missing_seen) for c in self.targets])
+        self._start()
+
+    def _seen(self) -> tuple[Tensor | None, Tensor]:
+        """Features that each target's networks read, None for all; which they may see, (T, F)."""
+        if self.reads is not None:
+            return _index_of(self.reads, [spec.slice for spec in self.specs])
+        mask = torch.zeros(len(self.targets), max(self.specs[-1].slice.stop, 1))
+        for t, spec in enumerate(self.specs[self.num_given :]):
+            mask[t, : spec.slice.start] = 1
+        return None, mask
 
     @torch.no_grad()
-    def _start(self, components: int) -> None:
+    def _start(self) -> None:
         """Every conditional starts as the column's marginal."""
-        for t, c in enumerate(self.targets):
-            kind, i = self.place[t]
-            bias = self.nets.bias[kind].view(self.members, self.sizes[kind], -1)[:, i]
-            bias[:, 1 : 1 + self.bins[kind]] = -30.0
-            bias[:, 1 : 1 + c.num_bins] = c.bin_mass.float().clamp_min(1e-12).log()
-            share = self.schema.columns[self.order[self.num_given + t]].missing
-            bias[:, 0] = math.log(max(share, 1e-6) / max(1 - share, 1e-6))
-            if not kind:
-                k, b = components, 1 + self.bins[0]
-                # halves for bins and logistics; the atoms' own probability is whole from the start
-                atoms = float(c.bin_mass[c.hist.num_bins :].sum())
-                bias[:, 1 + c.hist.num_bins : 1 + c.num_bins] += math.log(2)
-                bias[:, b : b + k] = math.log(max(1 - atoms, 1e-6) / k)
-                spread = torch.linspace(-1.5, 1.5, k) if k > 1 else torch.zeros(1)
-                bias[:, b + k : b + 2 * k] = spread + 0.1 * torch.randn(self.members, k)
-                bias[:, b + 2 * k :] = -0.5
+        for t, spec in enumerate(self.specs[self.num_given :]):
+            missing = self.schema.columns[spec.column].missing
+            self.group(t).start(self.own(self.nets.bias, t), spec.cells, missing)
 
-    @property
-    def cells(self) -> list[LabelCells | NumberCells]:
-        """All columns in model order."""
-        return self._host[0]
+    def group(self, t: int) -> Group:
+        """The kind of target t."""
+        return self.groups[self.targets[t].is_label]
 
-    @property
-    def mixture(self) -> MixedMixture | None:
-        """The simple model."""
-        return self._host[1]
+    def own(self, parts: Sequence[Tensor] | nn.ParameterList, t: int) -> Tensor:
+        """A view of the parameters of target t's networks, (M, ...), in those of each group."""
+        group, part = self.group(t), parts[self.targets[t].is_label]
+        position = self.specs[self.num_given + t].position
+        return part.view(self.members, len(group), *part.shape[1:])[:, position]
 
     def set_mixture(self, mixture: MixedMixture, alpha: Tensor) -> None:
         """Join the simple model with weights alpha, shape (T,)."""
-        self._host = self.cells, mixture
-        self.alpha.copy_(alpha)
+        self.mixture, self.alpha = mixture, alpha
 
-    @property
-    def targets(self) -> list[LabelCells | NumberCells]:
-        """The modelled columns."""
-        return self.cells[self.num_given :]
+    # ------------------------------------------------------------------ as a module has it
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self.alpha.device
+        return self.nets.b0.device
+
+    @property
+    def training(self) -> bool:
+        """Whether the networks are in training mode."""
+        return self.nets.training
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the networks' mode."""
+        self.nets.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Leave training mode."""
+        return self.train(False)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the networks, and what is added to their outputs."""
+        self.nets.to(device)
+        for group in self.groups:
+            group.log_mass = group.log_mass.to(device)
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the networks."""
+        return self.nets.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All but cells and simple model."""
+        nets = {f"nets.{k}": v for k, v in self.nets.state_dict().items()}
+        return dict(alpha=self.alpha, has_missing=self.has_missing, **nets)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """What :meth:`state_dict` gave."""
+        self.alpha, self.has_missing = state["alpha"], state["has_missing"]
+        nets = {k[5:]: v for k, v in state.items() if k.startswith("nets.")}
+        self.nets.load_state_dict(nets)
+
+    # ------------------------------------------------------------------ sizes
 
     @property
     def chunk(self) -> int:
         """Rows that networks serve at once: what they hold of a wide table is bounded."""
         if self.nets.index is None:
             return 4096
-        outputs = sum(
-            s * (1 + b + 3 * self.config["components"])
-            for s, b in zip(self.sizes, self.bins, strict=True)
-        )
+        k = 3 * self.config["components"]
+        outputs = sum(len(g) * (1 + g.bins + k) for g in self.groups)
         held = self.nets.index.numel() + self.members * (
             3 * outputs + 4 * len(self.targets) * self.config["hidden_dim"]
         )
@@ -243,7 +325,7 @@ class TableModel(nn.Module):
     def slot(self, t: int, i: int) -> int | None:
         """Where the networks of target t read the first feature of place i; None: nowhere."""
         if self.reads is None:
-            return self.slices[i].start
+            return self.specs[i].slice.start
         if i not in self.reads[t]:
             return None
         return sum(self.cells[j].num_features for j in self.reads[t] if j < i)
@@ -281,47 +363,50 @@ class TableModel(nn.Module):
         """
         out = self.nets(rows.features)
         if not self.training:
-            out = [self._floored(o, kind) if len(o) else o for kind, o in enumerate(out)]
+            pairs = zip(out, self.groups, strict=True)
+            out = [self._floored(o, group) if len(o) else o for o, group in pairs]
         t_count, n = rows.cell.shape
         log_p: list[Any] = [None] * t_count
         gone: list[Any] = [None] * t_count
-        for kind in (0, 1):
-            which = [t for t in range(t_count) if self.place[t][0] == kind]
-            if not which:
+        for group, o in zip(self.groups, out, strict=True):
+            if not len(group):
                 continue
-            o = out[kind]
+            which = group.targets
             cell = rows.cell[which].clamp_min(0).repeat(self.members, 1)
             inside, upper, width, offset = (p[which].repeat(self.members, 1) for p in rows.parts)
-            if kind:
-                value = o[..., 1:].log_softmax(-1).gather(-1, cell[..., None])[..., 0] + inside
-            else:
-                if not atoms:
-                    hide = torch.zeros(len(which), o.shape[-1], dtype=torch.bool, device=o.device)
-                    for i, t in enumerate(which):
-                        c = self.targets[t]
-                        hide[i, 1 + c.hist.num_bins : 1 + c.num_bins] = True
-                    o = o.masked_fill(hide.repeat(self.members, 1)[:, None], NEVER)
+            if group.components:
+                o = o if atoms else self._without_atoms(o)
                 value = mixture_log_prob(
-                    o[..., 1:], cell, inside, upper, width, offset, self.bins[0]
+                    o[..., 1:], cell, inside, upper, width, offset, group.bins
                 )
+            else:
+                value = o[..., 1:].log_softmax(-1).gather(-1, cell[..., None])[..., 0] + inside
             value = value.view(self.members, len(which), n)
             odds = o[..., 0].view(self.members, len(which), n)
             for i, t in enumerate(which):
                 log_p[t], gone[t] = value[:, i], odds[:, i]
         return torch.stack(log_p, 1), torch.stack(gone, 1)
 
-    def _floored(self, out: Tensor, kind: int, only: int | None = None) -> Tensor:
+    def _without_atoms(self, out: Tensor) -> Tensor:
+        """Outputs for numbers whose point masses get no probability."""
+        which = self.groups[0].targets
+        hide = torch.zeros(len(which), out.shape[-1], dtype=torch.bool, device=out.device)
+        for i, t in enumerate(which):
+            c = self.targets[t]
+            hide[i, 1 + c.hist.num_bins : 1 + c.num_bins] = True
+        return out.masked_fill(hide.repeat(self.members, 1)[:, None], NEVER)
+
+    def _floored(self, out: Tensor, group: Group, only: int | None = None) -> Tensor:
         """Outputs with normalized logits, the bins mixed with a little of the marginal ones.
 
         A row that contradicts what the networks have learned then costs -log(FLOOR) nats more than
         its marginal density, not any number.
         """
-        mass = self.get_buffer(f"log_mass{kind}")
+        mass, b, k = group.log_mass, group.bins, group.components
         mass = mass[only] if only is not None else mass.repeat(self.members, 1)[:, None]
-        k = (out.shape[-1] - 1 - self.bins[kind]) // 3
-        odds, logits, rest = out.split([1, self.bins[kind] + k, 2 * k], -1)
+        odds, logits, rest = out.split([1, b + k, 2 * k], -1)
         log_w = logits.log_softmax(-1) + math.log1p(-FLOOR)
-        bins, smooth = log_w.split([self.bins[kind], k], -1)
+        bins, smooth = log_w.split([b, k], -1)
         return torch.cat([odds, torch.logaddexp(bins, mass + math.log(FLOOR)), smooth, rest], -1)
 
     def mixture_log_prob(self, rows: Rows, mixture: MixedMixture | None = None) -> Tensor:
@@ -347,10 +432,10 @@ class TableModel(nn.Module):
         ]
         log_p, odds = (torch.cat(p, -1) for p in zip(*parts, strict=True))
         gone = odds.sigmoid().mean(0).clamp(1e-7, 1 - 1e-7).cpu().double()
-        gone = torch.where(self.has_missing.cpu()[:, None], gone, 1e-7)
+        gone = torch.where(self.has_missing[:, None], gone, 1e-7)
         out = (log_p.logsumexp(0) - math.log(self.members)).cpu().double()
         if self.mixture is not None:
-            alpha = self.alpha.cpu().double()[:, None]
+            alpha = self.alpha.double()[:, None]
             out = torch.logaddexp(
                 torch.log1p(-alpha) + out, alpha.log() + self.mixture_log_prob(rows)
             )
@@ -418,16 +503,17 @@ class TableModel(nn.Module):
         return law if region is None else restrict(law, region)
 
     def _law(self, t: int, features: Tensor, state: State | None, atoms: bool) -> Labels | Numbers:
-        (kind, i), c = self.place[t], self.targets[t]
-        rows = [m * self.sizes[kind] + i for m in range(self.members)]
-        out = self._floored(self.nets.some(features.to(self.device), kind, rows), kind, i).cpu()
+        c, group, i = self.targets[t], self.group(t), self.specs[self.num_given + t].position
+        rows = group.rows(self.members, i)
+        out = self.nets.some(features.to(self.device), int(c.is_label), rows)
+        out = self._floored(out, group, i).cpu()
         alpha, j, q = float(self.alpha[t]), self.num_given + t, self.mixture
         q = q if alpha > 0 else None
         if isinstance(c, LabelCells):
             known = q.labels(j, state) if q is not None and state is not None else None
             return labels_of(c, out, known, alpha)
         simple = q.predict(j, state) if q is not None and state is not None else None
-        return numbers_of(c, out, self.bins[0], simple, alpha, atoms=atoms)
+        return numbers_of(c, out, group.bins, simple, alpha, atoms=atoms)
 
     def within(self, regions: Regions) -> TableModel:
         """The same model of rows that lie in regions; its laws there are restricted."""
@@ -440,6 +526,18 @@ class TableModel(nn.Module):
         p = Particles.start(self, values)
         for t, i in p.walk():
             yield i, p.raw[:, i], p.conditional(t, torch.arange(len(values)))
+
+
+def _specs(
+    cells: Sequence[LabelCells | NumberCells], order: Sequence[int], num_given: int
+) -> list[ColumnSpec]:
+    """The columns in model order."""
+    specs, end, seen = [], 0, [0, 0]
+    for i, (j, c) in enumerate(zip(order, cells, strict=True)):
+        place = slice(end, end + c.num_features)
+        specs.append(ColumnSpec(j, c, place, seen[c.is_label]))
+        end, seen[c.is_label] = place.stop, seen[c.is_label] + (i >= num_given)
+    return specs
 
 
 def _index_of(reads: list[list[int]], slices: list[slice]) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ class Particles:
     def fill(self, i: int, at: Tensor, x: Tensor) -> None:
         """Put values into column i of some particles."""
         self.raw[at, i] = x
-        self.features[at, self.model.slices[i]] = self.model.cells[i].features(x)
+        self.features[at, self.model.specs[i].slice] = self.model.cells[i].features(x)
 
     def branch(self, i: int, at: Tensor, x: Tensor, log_p: Tensor, leaf: int | None) -> None:
         """Replace particles by one for each of their values x of column i, shape (len(at), B).
@@ -520,7 +520,7 @@ def _drawn(
 def _chunks(model: TableModel, rows: Tensor, size: float | Tensor) -> Iterator[Tensor]:
     """Rows in parts whose particles, ``size`` of each row, fit into memory."""
     width = 1 if model.simple is None else model.simple.mean.numel()
-    particles = max(512, min(32768, 2**25 // (width + model.slices[-1].stop)))
+    particles = max(512, min(32768, 2**25 // (width + model.specs[-1].slice.stop)))
     sizes = torch.as_tensor(size, dtype=torch.float64).expand(len(rows))
     part = (sizes.cumsum(0) / particles).long()
     yield from rows.split(torch.bincount(part)[part.unique()].tolist()) if len(rows) else ()

@@ -64,12 +64,10 @@ def _start_given(
     """Later columns given bin b of label column i, whose rows weigh ``mine``."""
     count, k = float(mine.sum()), model.config["components"]
     for t in range(max(0, i + 1 - model.num_given), len(model.targets)):
-        kind, place = model.place[t]
         slot = model.slot(t, i)
         if slot is None:
             continue
-        skip = model.nets.skip[kind]
-        skip = skip.view(model.members, model.sizes[kind], *skip.shape[1:])[:, place, slot + b]
+        skip = model.own(model.nets.skip, t)[:, slot + b]
         s = scores[model.num_given + t]
         if s is not None:
             shift = float((mine * s).sum()) / count
@@ -99,11 +97,7 @@ def _start_label(model: TableModel, scores: list[Any], mine: Tensor, i: int, b: 
     shift = torch.where(told, shift, 0.0)
     cov = s.T.cov().reshape(len(earlier), -1) + 0.1 * torch.eye(len(earlier), dtype=s.dtype)
     slope = torch.linalg.solve(cov, shift)
-    kind, place = model.place[t]
-    skip, bias = (
-        part[kind].view(model.members, model.sizes[kind], *part[kind].shape[1:])[:, place]
-        for part in (model.nets.skip, model.nets.bias)
-    )
+    skip, bias = (model.own(part, t) for part in (model.nets.skip, model.nets.bias))
     for j, w in zip(earlier, slope.tolist(), strict=True):
         skip[:, model.slot(t, j), 1 + b] = w
     bias[..., 1 + b] -= float(slope @ (s.mean(0) + shift / 2))
