@@ -286,3 +286,41 @@ def test_what_no_draw_meets_is_said(several, numbers):
     assert numbers[0].probability({"count": 2}) == pytest.approx(
         np.exp(numbers[0].log_marginal({"count": 2})[0])
     )
+
+
+# ---------------------------------------------------------------------- several imputations
+
+
+def test_several_imputations_are_draws_of_the_law(labels):
+    model, joint = labels
+    table = pd.DataFrame({"a": ["p", "q"], "b": [None, "v"], "k": [1.0, np.nan], "c": ["x", None]})
+    n = 3000
+    many = model.impute(table, n, random_state=3)
+    assert len(many) == n and not any(t.isna().any(axis=None) for t in many[:5])
+    first = pd.concat([t.iloc[:1] for t in many])["b"]
+    held = fulfils(EVERY, {"a": "p", "k": 1.0, "c": "x"})
+    exact = joint[held & (EVERY.b == "u")].sum() / joint[held].sum()
+    assert (first == "u").mean() == pytest.approx(exact, abs=4 * np.sqrt(0.25 / n))
+    second = pd.concat([t.iloc[1:] for t in many])
+    held = fulfils(EVERY, {"a": "q", "b": "v"})
+    both = held & fulfils(EVERY, {"k": 2.0, "c": "y"})  # gaps of one row are drawn together
+    drawn = ((second.k == 2.0) & (second.c == "y")).mean()
+    assert drawn == pytest.approx(joint[both].sum() / joint[held].sum(), abs=4 * np.sqrt(0.25 / n))
+
+
+def test_imputations_keep_what_is_there_and_ignore_the_rows_beside(numbers):
+    model, _ = numbers
+    table = mixed().head(40).set_index(pd.Index(range(100, 140), name="id"))
+    table.loc[::2, ["rain", "kind"]] = None
+    one, two = model.impute(table, 2, random_state=1)
+    assert one.index.equals(table.index) and not one.isna().any(axis=None)
+    pd.testing.assert_frame_equal(one[1::2], table[1::2], check_dtype=False)
+    assert (one.rain[::2] != two.rain[::2]).mean() > 0.5
+    filled = table.copy()
+    filled.iloc[:20] = one.iloc[:20]  # no gaps among the first rows any more
+    again = model.impute(filled, 2, random_state=1)
+    pd.testing.assert_frame_equal(again[0].iloc[20:], one.iloc[20:], rtol=1e-4)
+    with pytest.raises(ValueError, match="'mean' of n=1; got 'mean', n=2"):
+        model.impute(table, 2, method="mean")
+    with pytest.raises(ValueError, match="n must be a positive integer"):
+        model.impute(table, 0)

@@ -438,26 +438,37 @@ class DensityEstimator(Conventions):
         generator = self._generator(random_state)
         return self._wrapped(sampled(self._ready(), n, evidence, generator=generator, leave=leave))
 
-    def impute(self, X: Any, *, method: str = "draw", random_state: Any = None) -> Any:
+    def impute(
+        self, X: Any, n: int = 1, *, method: str = "draw", random_state: Any = None
+    ) -> Any:
         """Fill in missing cells from their distribution given the row's observed ones.
+
+        Several imputations are independent draws of all gaps of a row at once: an analysis run on
+        each and pooled by Rubin's rules (1987) counts what the gaps leave unknown. A row's
+        imputations depend on the row, its place in the table and the seed alone.
 
         Args:
             X: Table with missing cells; absent columns of a joint model count as missing.
-            method: ``"draw"`` one joint draw per row, or ``"mean"`` the mean of a number and the
+            n: Imputations.
+            method: ``"draw"`` a joint draw per row, or ``"mean"`` the mean of a number and the
                 most probable label, each by itself.
             random_state: Seed; default the estimator's.
+
+        Returns:
+            The table without gaps; a list of ``n`` of them if n > 1.
         """
-        if method not in ("draw", "mean"):
-            raise ValueError(f"method must be 'draw' or 'mean'; got {method!r}")
+        if method not in ("draw", "mean") or method == "mean" and n != 1:
+            raise ValueError(f"method must be 'draw', or 'mean' of n=1; got {method!r}, n={n!r}")
         frame, draws = self._inputs.frame(X, partial=True), max(self.draws, 256)
-        return self._wrapped(
-            imputed(
-                self._ready(),
-                frame,
-                draws=draws if method == "mean" else None,
-                generator=self._generator(random_state),
-            )
+        tables = imputed(
+            self._ready(),
+            frame,
+            count("n", n),
+            draws=draws if method == "mean" else None,
+            generator=self._generator(random_state),
         )
+        found = [self._wrapped(table) for table in tables]
+        return found if n > 1 else found[0]
 
     # ------------------------------------------------------------------ summaries of conditionals
 

@@ -84,8 +84,11 @@ class MixedEngine(Engine):
         lattice: bool = True,
     ) -> Tensor:
         """By ancestral sampling; weighted particles where observed cells come after missing."""
-        uniforms = _uniforms(generator)
-        return complete(self.model, values, n, uniforms, leave=leave, lattice=lattice)
+        todo, uniforms = values.isnan().any(1).nonzero()[:, 0], _uniforms(generator)
+        out = values[:, None].repeat(1, n, 1)
+        options = dict(leave=leave, lattice=lattice)
+        out[todo] = complete(self.model, values[todo], n, uniforms.at(todo), **options)
+        return out
 
     def averages(self, values: Tensor, n: int, *, generator: torch.Generator) -> Tensor:
         """Of the exact conditional where one row of earlier columns leads to it."""

@@ -85,17 +85,23 @@ def sampled(
 
 
 def imputed(
-    engine: Engine, frame: pd.DataFrame, *, draws: int | None, generator: torch.Generator
-) -> pd.DataFrame:
-    """A frame with its gaps filled in: by one draw of a row, or by averages of so many."""
+    engine: Engine,
+    frame: pd.DataFrame,
+    n: int = 1,
+    *,
+    draws: int | None,
+    generator: torch.Generator,
+) -> list[pd.DataFrame]:
+    """A frame with its gaps filled in ``n`` times: by a draw of a row, or by averages of draws."""
     check_half_known(engine.schema, frame)
     values = torch.from_numpy(engine.schema.encode(frame, partial=True))
-    todo = values.isnan().any(1).nonzero()[:, 0]
-    if len(todo) and draws is None:
-        values[todo] = engine.complete(values[todo], 1, generator=generator)[:, 0]
-    elif len(todo) and draws is not None:
-        values[todo] = engine.averages(values[todo], draws, generator=generator)
-    return fill_gaps(frame, engine.schema.decode(values.numpy(), index=frame.index))
+    if draws is None:
+        filled = engine.complete(values, n, generator=generator)
+    else:
+        todo, filled = values.isnan().any(1).nonzero()[:, 0], values[:, None].clone()
+        filled[todo, 0] = engine.averages(values[todo], draws, generator=generator)
+    tables = (engine.schema.decode(x.numpy(), index=frame.index) for x in filled.unbind(1))
+    return [fill_gaps(frame, table) for table in tables]
 
 
 # ---------------------------------------------------------------------- summaries of conditionals
