@@ -21,9 +21,9 @@ from pyroflows.guides.draws import (
     importance_resample,
     posterior_density,
 )
-from pyroflows.guides.routes import seeded
 from pyroflows.guides.rows import NotJudged, WholeDensity
 from pyroflows.guides.sites import Site
+from pyroflows.training.seeds import seeded
 from pyroflows.weights import WeightSummary, pareto_k, smooth_weights, summarize_weights
 
 __all__ = ["Diagnosis", "diagnose", "importance_resample", "pareto_k", "to_arviz"]

@@ -20,7 +20,7 @@ from pyroflows import (
     neural_spline,
 )
 from pyroflows.guides import flow_mcmc
-from pyroflows.guides.fitting import GradientClipper, Schedule
+from pyroflows.guides.elbo import bound, outside_term, shares
 
 
 def funnel():
@@ -344,26 +344,40 @@ def test_chains_in_the_flows_coordinates_are_exact():
     assert chains.rhat < 1.2 and chains.independence_rate > 0.5 and chains.hmc_rate > 0.5
 
 
-def test_schedule_and_clipper():
-    schedule = Schedule(120)
-    factors = [schedule.factor(s) for s in range(121)]
-    assert factors[0] < 0.1 and max(factors) == 1.0 and factors[120] == 0.0
-    assert all(a >= b for a, b in zip(factors[40:], factors[41:], strict=False))
-    early = Schedule(900, window=20, tol=0.1)
-    losses = []
-    for step in range(200):
-        losses.append(1.0 + math.exp(-step / 5))
-        early.see(losses)
-    assert early.converged and early.decay_from < 100
-    clip, p = GradientClipper(2.0), torch.zeros(3, requires_grad=True)
-    for _ in range(10):
-        p.grad = torch.ones(3)
-        assert clip([p])
-    p.grad = torch.full((3,), 100.0)
-    clip([p])
-    torch.testing.assert_close(p.grad, torch.full((3,), 2.0))
-    p.grad = torch.full((3,), torch.nan)
-    assert not clip([p])
+def test_bounds_and_shares_of_known_weights():
+    log_w = torch.tensor([1.0, 2.0, 6.0, 0.0]).log()  # the last lies outside
+    inside = (math.log(2.0) + math.log(6.0)) / 3
+    assert bound(log_w) == pytest.approx(inside + 10 * math.log(3 / 4))
+    assert bound(log_w, iwae=True) == pytest.approx(math.log(9 / 4))
+    assert math.isnan(bound(torch.full((3,), -math.inf))) and bound(log_w[:1]) == 0.0
+    assert shares(log_w).tolist() == [0.25] * 4
+    w = torch.tensor([1.0, 2.0, 6.0, 0.0]) / 9
+    torch.testing.assert_close(shares(log_w, iwae=True, squared=False), w)
+    mixed = shares(log_w, iwae=True, mix=0.1)
+    torch.testing.assert_close(mixed, 0.9 * w**2 + 0.1 / 4)
+    log_q = torch.tensor([-1.0, -math.inf], requires_grad=True)
+    outside_term(log_q, 2).backward()
+    assert log_q.grad.tolist() == [5.0, 0.0]
+
+
+def test_callbacks_see_records_and_optimizers_are_called():
+    seen, made = [], []
+
+    def optimizer(groups, lr):
+        made.append(([g["lr"] for g in groups], lr))
+        return torch.optim.SGD(groups, lr=lr)
+
+    def stop(history):
+        seen.append(history.records[-1])
+        return len(seen) == 3
+
+    _, result = fitted(banana, num_steps=100, lr=1e-3, callbacks=stop, optimizer=optimizer)
+    assert result.stopped == "callback" and len(result.losses) == 30
+    assert [r["step"] for r in seen] == [10, 20, 30]
+    mean = sum(result.losses[10:20]) / 10
+    assert seen[1]["train"] == pytest.approx(mean) and seen[1]["skipped"] == 0
+    assert made == [([pytest.approx(1e-3 / 0.03), 1e-3], 1e-3)]
+    assert list(result.frame()["step"]) == [10, 20, 30]
 
 
 def test_fit_of_the_importance_weighted_bound():

@@ -165,6 +165,11 @@ class AutoFlow(SavedGuide, AutoContinuous):
         return held[1]
 
     @property
+    def has_default_flow(self) -> bool:
+        """Whether the flow is the default one."""
+        return self._flow is None
+
+    @property
     def whitening(self) -> Whitening:
         """The fixed part of the map, which a pre-fit sets."""
         return self._modules["transport"][1]  # type: ignore[index]

@@ -18,9 +18,8 @@ from pyroflows.guides.routes import (
     gathered,
     largest_tensor,
     one_by_one,
-    preserved,
-    seeded,
 )
+from pyroflows.training.seeds import preserved, seeded
 
 __all__ = ["BUDGET", "BatchedDensity", "Route"]
 

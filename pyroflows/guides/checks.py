@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pyroflows.guides.gaussian import normal_points
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.messages import is_discrete
-from pyroflows.guides.routes import preserved
 from pyroflows.guides.substitute import Substitute
+from pyroflows.training.seeds import preserved
 
 __all__ = ["check_run", "finite_start", "model_keywords"]
 

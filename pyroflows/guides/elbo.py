@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO
-from pyro.infer.util import is_validation_enabled, torch_item
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
@@ -20,7 +20,58 @@ from torch import Tensor
 from pyroflows.guides.messages import is_discrete
 from pyroflows.weights import OUTSIDE
 
-__all__ = ["PathGradientELBO"]
+__all__ = ["PathGradientELBO", "bound", "outside_term", "shares"]
+
+
+def bound(log_weights: Tensor, *, iwae: bool = False) -> float:
+    r"""A lower bound of the log-evidence from log-weights log p - log q, ``(S,)``, in nats.
+
+    .. math:: E_q[\log w \mid \text{inside}] + 10 \log q(\text{inside})
+        \quad\text{or}\quad \log \frac1S \sum_s w_s
+
+    A draw is inside where its weight is finite; NaN if none is.
+    """
+    inside = log_weights[log_weights.isfinite()]
+    if not len(inside):
+        return math.nan
+    if iwae:
+        return (inside.logsumexp(0) - math.log(len(log_weights))).item()
+    return inside.mean().item() + OUTSIDE * math.log(len(inside) / len(log_weights))
+
+
+def shares(
+    log_weights: Tensor, *, iwae: bool = False, squared: bool = True, mix: float = 0.0
+) -> Tensor:
+    """Weight of each particle in the gradient of a bound, ``(S,)``.
+
+    Equal; or for the importance-weighted bound the normalized weights, which are squared along
+    the path (Tucker et al. 2019, eq. 8).
+
+    Args:
+        log_weights: Log p - log q; -inf for what does not count.
+        iwae: Whether the bound is the importance-weighted one.
+        squared: Whether the gradient is the path's.
+        mix: Share of the ELBO in the importance-weighted objective: the bound alone does not see
+            draws where the posterior has no mass.
+    """
+    equal = torch.full_like(log_weights, 1 / len(log_weights))
+    if not iwae:
+        return equal
+    w = torch.softmax(log_weights, 0).nan_to_num(0.0)
+    return torch.lerp(w.square() if squared else w, equal, mix)
+
+
+def outside_term(log_q: Tensor, num_inside: int | Tensor) -> Tensor:
+    r"""A scalar whose gradient is that of :math:`-10 \log q(\text{inside})`.
+
+    .. math:: \nabla \log q(\text{inside})
+        = -\tfrac{q(\text{outside})}{q(\text{inside})} E_q[\nabla\log q \mid \text{outside}]
+
+    Args:
+        log_q: The guide's log-density at the draws outside.
+        num_inside: Draws inside.
+    """
+    return OUTSIDE * log_q[log_q.detach().isfinite()].sum() / num_inside
 
 
 class PathGradientELBO(ELBO):
@@ -136,16 +187,12 @@ class PathGradientELBO(ELBO):
         log_weights = log_weights.reshape(-1)
         ok = log_weights.detach().isfinite()
         safe = torch.where(ok, log_weights, torch.zeros_like(log_weights))
-        if not self.iwae:
-            mean = safe.sum() / ok.sum().clamp(min=1)
-            share = OUTSIDE * ok.double().mean().log().item()
-            return (torch_item(mean) + share if ok.any() else math.nan), mean
-        if not ok.any():
-            return math.nan, safe.sum()
-        masked = log_weights.detach().masked_fill(~ok, -math.inf)
-        normalized = torch.softmax(masked, 0)
-        bound = torch.logsumexp(masked, 0) - math.log(len(masked))
-        return torch_item(bound), (normalized.square() * safe).sum()
+        seen = log_weights.detach().masked_fill(~ok, -math.inf)
+        if self.iwae:
+            share = shares(seen, iwae=True)
+        else:
+            share = ok.to(safe) / ok.sum().clamp(min=1)
+        return bound(seen, iwae=self.iwae), (share * safe).sum()
 
     def _outside(
         self,
@@ -166,8 +213,7 @@ class PathGradientELBO(ELBO):
         again = poutine.trace(poutine.replay(guide, trace=fixed)).get_trace(*args, **kwargs)
         again.compute_log_prob()
         log_q = self._log_weights(None, prune_subsample_sites(again)).reshape(-1).neg()
-        log_q = torch.where(outside & log_q.detach().isfinite(), log_q, 0.0)
-        return OUTSIDE * log_q.sum() / (~outside).sum()
+        return outside_term(log_q[outside], (~outside).sum())
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the bound."""

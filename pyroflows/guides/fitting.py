@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.checks import check_run, finite_start, model_keywords
 from pyroflows.guides.elbo import PathGradientELBO
+from pyroflows.guides.gaussian import Gaussian, Target, normal_points
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.mixture import Mixture, find_mixture
-from pyroflows.guides.prefit import Gaussian, Target, normal_points, prefit
-from pyroflows.guides.routes import seeded
+from pyroflows.guides.path import (
+    BasePoints,
+    PathGradient,
+    flow_groups,
+    guide_schedule,
+    guide_steps,
+)
+from pyroflows.guides.prefit import prefit
 from pyroflows.guides.saving import SavedGuide
-from pyroflows.guides.schedule import BasePoints, GradientClipper, Schedule
-from pyroflows.weights import OUTSIDE, WeightSummary, summarize_weights
+from pyroflows.training import Best, Budget, History, Steps, progress_bar, seeded
+from pyroflows.training.steps import Optimize
+from pyroflows.weights import WeightSummary, summarize_weights
 
-__all__ = [
-    "FitResult",
-    "GradientClipper",
-    "Schedule",
-    "fit_guide",
-    "leaves_of",
-]
+__all__ = ["FitResult", "Options", "fit_guide"]
 
 _MOST_GRADIENTS = 50_000
+_EVERY = 10  # steps between records
+
+Callback = Callable[[History], object]
 
 
 @dataclass(repr=False)
-class FitResult:
+class FitResult(History):
     """What :func:`fit_guide` did.
 
+    Its losses are minus the ELBO of each step, in nats; NaN for a step without a finite particle.
+    Every ten steps have a record: ``step``, ``train`` (their mean loss), ``lr``, ``seconds``,
+    ``skipped``. It converged where the ELBO had levelled off before the last step of the longest
+    schedule, and what was reached is kept.
+
     Attributes:
-        losses: Minus the ELBO of each step, in nats; NaN for a step without a finite particle.
         prefit: The Gaussian from which the flow started, or the mixture of several; None if there
             was no pre-fit.
         candidates: All Gaussians that were considered.
@@ -50,32 +60,26 @@ class FitResult:
         num_gradients: Evaluations of the model's gradient, pre-fit included.
         num_dropped: Particles without a finite density or gradient.
         num_failed: Evaluations at which the model raised.
-        converged: Whether the ELBO had levelled off before the last step of the longest schedule,
-            and what was reached is kept.
         reverted: Whether training made it worse than where it began, which was then put back.
-        stopped: What ended the fit early: ``"max_time"``, ``"callback"``, ``"interrupt"``; or "".
         cpu_seconds: Processor time.
     """
 
-    losses: list[float] = field(default_factory=list)
     prefit: Gaussian | Mixture | None = None
     candidates: list[Gaussian] = field(default_factory=list)
     diagnostics: WeightSummary | None = None
     num_gradients: int = 0
     num_dropped: int = 0
     num_failed: int = 0
-    converged: bool = False
     reverted: bool = False
-    stopped: str = ""
     cpu_seconds: float = 0.0
 
     def __repr__(self) -> str:
         """Sum the fit up in a line."""
-        finite = [x for x in self.losses[-50:] if math.isfinite(x)]
         if self.diagnostics is not None:
             elbo = f"ELBO {self.diagnostics.elbo:.3f} ± {self.diagnostics.elbo_error:.3f}"
         else:
-            elbo = f"ELBO about {-sum(finite) / len(finite):.3f}" if finite else "no finite ELBO"
+            recent = self.recent()
+            elbo = f"ELBO about {-recent:.3f}" if math.isfinite(recent) else "no finite ELBO"
         notes = [elbo, f"{len(self.losses)} steps", f"{self.num_gradients} gradients"]
         notes += [f"{self.num_dropped} particles dropped"] if self.num_dropped else []
         notes += [f"the model raised {self.num_failed} times"] if self.num_failed else []
@@ -95,9 +99,37 @@ class Options:
     iwae: bool
     temperature: float
     max_gradients: int
-    deadline: float
+    budget: Budget
     progress: bool
     callback: Callable[[int, float], object] | None
+    callbacks: Sequence[Callback]
+    optimizer: Optimize | None
+
+    def steps(
+        self, groups: list[dict[str, Any]], most: int, result: FitResult, *, window: int = 0
+    ) -> Steps:
+        """Steps for these parameters, recorded in the result."""
+        clock = None if math.isinf(self.budget.limit) else self.budget.window()
+        schedule = guide_schedule(most, window=window, clock=clock)
+        return guide_steps(groups, self.lr, schedule, result, self.optimizer)
+
+    def longest(self, used: int, default: int | None = None) -> int:
+        """Steps that are allowed after ``used`` gradients, by ``num_steps`` or its default."""
+        allowed = (self.max_gradients - used) // self.num_particles
+        steps = self.num_steps or default
+        return max(1, allowed if steps is None else min(steps, allowed))
+
+    def heat(self, step: int, most: int) -> float:
+        """What the model's log-density is divided by at a step."""
+        num_anneal = 0 if self.temperature == 1.0 else most // 2
+        return self.temperature ** (1 - step / num_anneal) if step < num_anneal else 1.0
+
+    def seconds_of_prefit(self) -> float | None:
+        """Half of the time that is left; None for no end."""
+        budget = self.budget
+        if math.isinf(budget.limit):
+            return None
+        return max(0.0, budget.limit - budget.seconds()) / 2
 
 
 @model_keywords
@@ -116,6 +148,8 @@ def fit_guide(
     max_gradients: int | None = None,
     max_time: float | None = None,
     callback: Callable[[int, float], object] | None = None,
+    callbacks: Callback | Sequence[Callback] = (),
+    optimizer: Optimize | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> FitResult:
@@ -162,9 +196,13 @@ def fit_guide(
             trained.
         max_gradients: Gradients of the model at most, the pre-fit included (which takes a fifth at
             most); 50,000 if None, unless ``num_steps`` says how many.
-        max_time: Seconds after which it comes to an end, half of them for the pre-fit at most; the
-            rate falls to zero by then.
+        max_time: Seconds, on the clock of :class:`pyroflows.training.Budget`, by which the rate
+            has fallen to zero and the fit ends; half of them for the pre-fit at most.
         callback: Called as ``callback(step, loss)`` after each step; what is true ends the fit.
+        callbacks: Called with the :class:`FitResult` after every ten steps; its last record is
+            ``result.records[-1]``. What returns true ends the fit.
+        optimizer: Called as ``optimizer(groups, lr=lr)`` in place of Adam; a class of
+            ``torch.optim`` will do. The groups of an AutoFlow have rates of their own.
         model_kwargs: Keyword arguments of the model whose names are also names of these options.
         **kwargs: Keyword arguments of the model.
 
@@ -192,7 +230,7 @@ def fit_guide(
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"fit_guide: {name} must be positive; got {value}")
-    result, begun, now = FitResult(), time.process_time(), time.monotonic()
+    result, begun = FitResult(), time.process_time()
     options = Options(
         num_steps,
         num_particles,
@@ -200,9 +238,11 @@ def fit_guide(
         iwae,
         temperature,
         max_gradients or (_MOST_GRADIENTS if num_steps is None else 2**62),
-        math.inf if max_time is None else now + max_time,
+        Budget(max_time),
         progress,
         callback,
+        [callbacks] if callable(callbacks) else list(callbacks),
+        optimizer,
     )
     with seeded(seed):
         if isinstance(guide, SavedGuide):
@@ -217,7 +257,7 @@ def fit_guide(
             with pyro.validation_enabled(False), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Encountered NaN: loss")  # the losses tell
                 _train_any(model, guide, args, kwargs, options, result)
-    result.cpu_seconds = time.process_time() - begun
+    result.cpu_seconds, result.seconds = time.process_time() - begun, options.budget.seconds()
     return result
 
 
@@ -254,11 +294,12 @@ def _begin(
         if not (moved > 0.5).any():
             break
     frozen, temperature = density.frozen(), options.temperature
+    left = options.seconds_of_prefit()
     target = Target(
         frozen,
         start.dtype,
         max_gradients=min(10_000, options.max_gradients // 5),
-        deadline=_half(options.deadline),
+        deadline=math.inf if left is None else time.monotonic() + left,
         batch_size=frozen.batch_size,
     )
     mixture = find_mixture(target, result.candidates, best.loc, search=temperature > 1.0)
@@ -272,12 +313,6 @@ def _begin(
     guide.place(result.prefit)
 
 
-def _half(deadline: float) -> float:
-    """Half of the time that is left until a deadline, as a deadline."""
-    now = time.monotonic()
-    return deadline if math.isinf(deadline) else now + max(0.0, deadline - now) / 2
-
-
 def _prefit(
     log_density: LatentDensity | _Tempered,
     start: Tensor,
@@ -285,13 +320,12 @@ def _prefit(
     options: Options,
     result: FitResult,
 ) -> Gaussian:
-    left = _half(options.deadline) - time.monotonic()
     best, result.candidates, used = prefit(
         log_density,
         start,
         full_rank=full_rank,
         max_gradients=min(10_000, options.max_gradients // 5),
-        max_time=left if math.isfinite(left) else None,
+        max_time=options.seconds_of_prefit(),
     )
     result.num_gradients += used
     return best
@@ -333,69 +367,32 @@ def _model_parameters(density: LatentDensity) -> list[Tensor]:
 # ---------------------------------------------------------------------------- steps
 
 
-def _steps(most: int, schedule: Schedule, options: Options, result: FitResult) -> Iterator[int]:
-    """Numbers of steps, with a progress bar, until something ends them; losses are in result."""
-    bar = tqdm(range(most), desc="fit_guide", unit="step", disable=not options.progress)
-    begun = time.monotonic()
+def _train(steps: Steps, objective: Callable[[int], float], most: int, options: Options) -> None:
+    """Take the objective's steps until something ends them."""
+    result, begun = steps.history, steps.count
+    bar = progress_bar(steps, desc="fit_guide", total=most, show=options.progress)
     try:
         for step in bar:
-            if step and time.monotonic() >= options.deadline:
-                result.stopped = "max_time"
-                return
-            yield step
-            if step % 10 == 9:
-                if math.isfinite(options.deadline):
-                    now = time.monotonic()
-                    left = (options.deadline - now) * (step + 1) / max(now - begun, 1e-9)
-                    schedule.end_within(step + 1, left)
-                window = [x for x in result.losses[-50:] if math.isfinite(x)]
-                elbo = f"{-sum(window) / len(window):.3f}" if window else "not finite"
-                bar.set_postfix(ELBO=elbo)
+            steps.take(partial(objective, step))
             if options.callback is not None and options.callback(step, result.losses[-1]):
-                result.stopped = "callback"
-                return
+                steps.stop("callback")
+            if (step + 1 - begun) % _EVERY == 0:
+                result.records.append(
+                    dict(
+                        step=steps.count,
+                        train=result.recent(_EVERY),
+                        lr=steps.lr,
+                        seconds=options.budget.seconds(),
+                        skipped=steps.skipped,
+                    )
+                )
+                bar.set_postfix(ELBO=f"{-result.recent():.3f}")
+                if any([callback(result) for callback in options.callbacks]):
+                    steps.stop("callback")
+    except KeyboardInterrupt:
+        steps.stop("interrupt")
     finally:
         bar.close()
-
-
-class _State:
-    """A copy of tensors, and the way back to it."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = list(tensors)
-        self.kept = [t.detach().clone() for t in tensors]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for tensor, kept in zip(self.tensors, self.kept, strict=True):
-            tensor.copy_(kept)
-
-
-def _shares(log_weights: Tensor, iwae: bool, along_path: bool) -> Tensor:
-    """Weight of each particle in the gradient: equal, or by the normalized weights of the bound.
-
-    Along the path these are squared (Tucker et al. 2019, eq. 8). A tenth of the objective is the
-    ELBO: the bound alone does not see draws where the posterior has no mass.
-    """
-    equal = torch.full_like(log_weights, 1 / len(log_weights))
-    if not iwae:
-        return equal
-    w = torch.softmax(log_weights, 0).nan_to_num(0.0)
-    return torch.lerp(w.square() if along_path else w, equal, 0.1)
-
-
-def leaves_of(
-    guide: AutoFlow, lr: float, others: Sequence[Tensor] = ()
-) -> tuple[list[Tensor], list[float], torch.optim.Optimizer]:
-    """Leaves, rates and Adam: the flow's own parameters at their own rate, and the affine map."""
-    parts = guide.transport[0].leaves(guide.vector)
-    leaves = [part for part, _ in parts] + list(others)
-    rates = [lr / unit for _, unit in parts] + [lr] * len(others)
-    return (
-        leaves,
-        rates,
-        torch.optim.Adam([{"params": [p]} for p in leaves], betas=(0.9, 0.99), fused=True),
-    )
 
 
 class _FlowFit:
@@ -404,23 +401,28 @@ class _FlowFit:
     def __init__(
         self, density: LatentDensity, guide: AutoFlow, options: Options, result: FitResult
     ) -> None:
-        self.density, self.guide, self.options, self.result = density, guide, options, result
-        self.vector, self.noise, self.whitening = guide.vector, guide.noise, guide.whitening
+        self.density, self.options, self.result = density, options, result
+        self.vector, self.like = guide.vector, guide.whitening.loc
         self.others = _model_parameters(density)
-        self.leaves, self.rates, self.optimizer = leaves_of(guide, options.lr, self.others)
-        packed = guide.transport[0]
-        parts = self.leaves[: len(packed.groups)]
-        self.flow, self.fixed = packed.at(parts), packed.at([p.detach() for p in parts])
+        self.groups = flow_groups(guide, options.lr)
+        leaves = [group["params"] for group in self.groups]
         # The path gradient costs an inverse pass and pays near the optimum: from the start for
         # the default flow, which is pre-fitted and cheap to invert, late for others, never where
         # the inverse takes a pass for each latent.
-        forward, inverse = packed.calls
+        forward, inverse = guide.transport.calls
         cheap = inverse <= 2 * forward
-        self.path_below = 0.0 if not cheap else 0.3 if guide._flow else math.inf
+        self.objective = PathGradient(
+            density,
+            guide,
+            leaves,
+            self.others,
+            iwae=options.iwae,
+            path_below=0.0 if not cheap else math.inf if guide.has_default_flow else 0.3,
+        )
 
     def run(self) -> None:
         """Train, then keep what is better: the end or the beginning."""
-        began = _State([self.vector, *self.others])
+        began = Best([self.vector, *self.others])
         with torch.no_grad():
             before = self.log_weights()
         if not before.isfinite().any():
@@ -428,31 +430,26 @@ class _FlowFit:
                 "fit_guide: no draw of the guide has a finite density under the model, so there "
                 "is no slope to follow: make the guide anew, or pre-fit it (prefit_first=True)"
             )
-        try:
-            self.train()
-        except KeyboardInterrupt:
-            self.result.stopped = "interrupt"
+        self.train()
         with torch.no_grad():
             after = self.log_weights()
             if self.is_worse(after, before):
-                began.restore()
+                began.restore(start=True)
                 self.result.reverted, after = True, before
         self.result.converged &= not self.result.reverted
         self.result.diagnostics = summarize_weights(after)
 
     def log_weights(self, num: int = 1024) -> Tensor:
         """Log p - log q at fixed base points; -inf outside. Minibatches: eight fixed ones."""
-        whitening = self.whitening
-        z = self.noise.points(normal_points(num, self.density.dim, like=whitening.loc, seed=1))
-        v, log_det = self.flow._step(z, None, inverse=False)
-        u = whitening.loc + whitening.spread(v)
-        if self.density.stochastic:
-            parts = [self.density.frozen(k)(part) for k, part in enumerate(u.chunk(8))]
-            log_p = torch.cat(parts)
-        else:
-            log_p = self.density(u)
-        log_q = self.noise.log_prob(z) - log_det - whitening.log_det
-        return torch.where(log_p.isfinite(), log_p, -math.inf) - log_q
+        noise, dim, like = self.objective.noise, self.density.dim, self.like
+        z = noise.points(normal_points(num, dim, like=like, seed=1))
+        if not self.density.stochastic:
+            return self.objective.log_weights(z)
+        parts, objective = [], copy.copy(self.objective)
+        for k, part in enumerate(z.chunk(8)):
+            objective.density = self.density.frozen(k)
+            parts.append(objective.log_weights(part))
+        return torch.cat(parts)
 
     def is_worse(self, after: Tensor, before: Tensor) -> bool:
         """Whether the bound fell by more than its error: three of them, half a nat at most.
@@ -468,96 +465,21 @@ class _FlowFit:
 
     def train(self) -> None:
         """Follow the gradient for as long as the schedule says."""
-        options, result = self.options, self.result
-        points = BasePoints(options.num_particles, self.density.dim, self.whitening.loc)
-        allowed = (options.max_gradients - result.num_gradients) // options.num_particles
-        most = max(1, allowed if options.num_steps is None else min(options.num_steps, allowed))
-        levels_off = (
-            options.num_steps is None
-            and options.temperature == 1.0
-            and not self.density.stochastic
-        )
-        schedule, clip = Schedule(most, window=60 if levels_off else 0), GradientClipper()
-        num_anneal = 0 if options.temperature == 1.0 else most // 2
-        for step in _steps(most, schedule, options, result):
-            factor = schedule.factor(step)
-            if factor == 0.0 and step:
-                break
-            heat = options.temperature ** (1 - step / num_anneal) if step < num_anneal else 1.0
-            self.optimizer.zero_grad()
-            usable = self.gradient(self.noise.points(points.draw()), factor, heat)
-            schedule.see(result.losses)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            if usable and clip(self.leaves):
-                self.optimizer.step()
-        result.converged = schedule.converged
+        options, result, noise = self.options, self.result, self.objective.noise
+        points = BasePoints(options.num_particles, self.density.dim, self.like)
+        most = options.longest(result.num_gradients)
+        levels_off = options.num_steps is None and options.temperature == 1.0
+        window = 60 if levels_off and not self.density.stochastic else 0
+        groups = self.groups + [{"params": p} for p in self.others]
+        steps = options.steps(groups, most, result, window=window)
+
+        def objective(step: int) -> float:
+            z = noise.points(points.draw())
+            return self.objective(z, steps.factor, options.heat(step, most))
+
+        _train(steps, objective, most, options)
+        result.num_dropped = self.objective.num_dropped
         result.num_gradients += len(result.losses) * options.num_particles
-
-    def gradient(self, z: Tensor, factor: float, heat: float) -> bool:
-        """Put the gradient at base points ``z`` into the leaves; whether there is one."""
-        whitening, iwae, num = self.whitening, self.options.iwae, len(z)
-        v, log_det = self.flow._step(z, None, inverse=False)
-        v_leaf = v.detach().requires_grad_()
-        along_path = factor < self.path_below or (iwae and self.path_below > 0)
-        log_p = self.density(whitening.loc + whitening.spread(v_leaf)) / heat
-        log_q = self.noise.log_prob(z) - log_det.detach()
-        lw = log_p.detach() - log_q
-        inside = lw.isfinite()
-        ok = inside
-        if along_path:
-            z_back, log_det_back = self.fixed._step(v_leaf, None, inverse=True)
-            log_q = self.noise.log_prob(z_back) + log_det_back
-            # where rounding spoils the inverse, the gradient is not to be trusted
-            ok = ok & ((log_det_back + log_det).abs() < 0.1)
-        share = _shares(lw.where(ok, -math.inf), iwae, along_path)
-        (log_p - log_q).backward(share.where(ok, 0.0))
-        ok = ok & v_leaf.grad.isfinite().all(-1)
-        count, num_inside = int(ok.sum()), int(inside.sum())
-        self.result.num_dropped += num - count
-        bound = lw[inside].logsumexp(0) - math.log(num)
-        if not iwae and num_inside:
-            bound = lw[inside].mean() + OUTSIDE * math.log(num_inside / num)
-        loss = -(bound + whitening.log_det).item() if num_inside else math.nan
-        self.result.losses.append(loss)
-        if not count:
-            return False
-        kept = 1.0 if iwae else num / count
-        pull = torch.where(ok[:, None], -kept * v_leaf.grad, 0.0)
-        if along_path:
-            v.backward(pull)
-        else:
-            entropy = -kept * share.where(ok, 0.0)
-            torch.autograd.backward([v, log_det], [pull, entropy])
-        if num_inside < num:
-            self.drive_inside(v_leaf.detach()[~inside], num_inside)
-        if self.others:
-            self.of_the_model(v_leaf.detach(), ok, share * kept / heat)
-        return True
-
-    def drive_inside(self, outside: Tensor, num_inside: int) -> None:
-        r"""Add the gradient of :math:`-10 \log q(\text{inside})`, which the points outside tell.
-
-        .. math:: \nabla \log q(\text{inside})
-            = -\tfrac{q(\text{outside})}{q(\text{inside})} E_q[\nabla\log q \mid \text{outside}]
-        """
-        z, log_det = self.flow._step(outside, None, inverse=True)
-        log_q = self.noise.log_prob(z) + log_det
-        log_q = log_q[log_q.detach().isfinite()]
-        if len(log_q):
-            (OUTSIDE * log_q.sum() / num_inside).backward()
-
-    def of_the_model(self, v: Tensor, ok: Tensor, share: Tensor) -> None:
-        """Turn the gradients of the model's parameters, without particles that spoil them."""
-        if not bool(ok.all()):
-            for p in self.others:
-                p.grad = None
-            log_p = self.density(self.whitening.loc + self.whitening.spread(v[ok]))
-            if log_p.requires_grad:
-                log_p.backward(share[ok])
-        for p in self.others:
-            if p.grad is not None:
-                p.grad.neg_()
 
 
 def _train_any(
@@ -570,44 +492,33 @@ def _train_any(
 ) -> None:
     """Fit a guide that is no :class:`AutoFlow` through Pyro's messages; see :func:`fit_guide`."""
     elbo = PathGradientELBO(options.num_particles, iwae=options.iwae)
-    clip = GradientClipper()
-    allowed = options.max_gradients // options.num_particles
-    most = max(1, min(options.num_steps or 1000, allowed))
-    schedule = Schedule(most, window=0)
-    num_anneal = 0 if options.temperature == 1.0 else most // 2
-
-    def judge() -> float:
-        """Loss at fixed random numbers, to compare states by."""
-        judged = PathGradientELBO(options.num_particles, iwae=options.iwae)
-        losses = []
-        for k in range(8):
-            with seeded(k):
-                losses.append(judged.loss(model, guide, *args, **kwargs))
-        return sum(losses) / len(losses)
-
+    most = options.longest(0, default=1000)
     with poutine.trace(param_only=True) as seen:
-        before = judge()
-    parameters = _leaves(seen.trace)
-    optimizer = torch.optim.Adam(parameters.values(), lr=options.lr, betas=(0.9, 0.99), fused=True)
-    began = _State(list(parameters.values()))
-    try:
-        for step in _steps(most, schedule, options, result):
-            elbo.temperature = (
-                options.temperature ** (1 - step / num_anneal) if step < num_anneal else 1.0
-            )
-            loss = elbo.loss_and_grads(model, guide, *args, **kwargs)
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * schedule.factor(step)
-            if clip(list(parameters.values())):
-                optimizer.step()
-            optimizer.zero_grad()
-            result.losses.append(loss)
-    except KeyboardInterrupt:
-        result.stopped = "interrupt"
+        before = _fixed_loss(model, guide, args, kwargs, options)
+    leaves = list(_leaves(seen.trace).values())
+    began = Best(leaves)
+    steps = options.steps([{"params": leaves}], most, result)
+
+    def objective(step: int) -> float:
+        elbo.temperature = options.heat(step, most)
+        return elbo.loss_and_grads(model, guide, *args, **kwargs)
+
+    _train(steps, objective, most, options)
     result.num_gradients += len(result.losses) * options.num_particles
-    if not judge() <= before + 0.5:
-        began.restore()
+    if not _fixed_loss(model, guide, args, kwargs, options) <= before + 0.5:
+        began.restore(start=True)
         result.reverted = True
+
+
+def _fixed_loss(
+    model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any], options: Options
+) -> float:
+    """The loss at fixed random numbers, to compare states by."""
+    elbo, losses = PathGradientELBO(options.num_particles, iwae=options.iwae), []
+    for k in range(8):
+        with seeded(k):
+            losses.append(elbo.loss(model, guide, *args, **kwargs))
+    return sum(losses) / len(losses)
 
 
 def _leaves(trace: poutine.Trace) -> dict[str, Tensor]:

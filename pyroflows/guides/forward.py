@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from pyroflows.guides.autoflow import AutoFlow
 from pyroflows.guides.checks import model_keywords
-from pyroflows.guides.fitting import FitResult, leaves_of
-from pyroflows.guides.prefit import Gaussian
-from pyroflows.guides.routes import seeded
-from pyroflows.guides.schedule import GradientClipper, Schedule
+from pyroflows.guides.fitting import FitResult
+from pyroflows.guides.gaussian import Gaussian
+from pyroflows.guides.path import flow_groups, guide_schedule, guide_steps
+from pyroflows.training import Best, Budget, seeded
 
 __all__ = ["fit_guide_to_draws"]
 
@@ -63,68 +62,76 @@ def fit_guide_to_draws(
         ValueError: If there are fewer draws than latents, or some are not finite.
     """
     kwargs = {**kwargs, **(model_kwargs or {})}
-    result, begun = FitResult(), time.process_time()
+    result, begun, budget = FitResult(), time.process_time(), Budget()
     with seeded(seed):
         guide.setup(*args, **kwargs)
-        whitening, vector, noise = guide.whitening, guide.vector, guide.noise
-        u = (
-            draws
-            if isinstance(draws, Tensor)
-            else guide.density(*args, **kwargs).unconstrain(draws)
-        )
-        u = u.detach().to(whitening.loc).reshape(-1, guide.latent_dim)
-        if len(u) <= guide.latent_dim + 1 or not u.isfinite().all():
-            raise ValueError(
-                f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; "
-                f"got {len(u)}"
-            )
-        w = torch.ones(len(u)) if weights is None else weights.detach().reshape(-1)
-        w = w.to(u) / w.sum().to(u)
-        mean = w @ u
-        centred = (u - mean).double()
-        cov = centred.T @ (w.double()[:, None] * centred)
-        factor = torch.linalg.cholesky(
-            cov + 1e-12 * cov.diagonal().mean() * torch.eye(len(mean)).to(cov)
-        )
-        result.prefit = Gaussian(mean.double(), factor, method="moments of the draws")
+        rows = _rows(guide, draws, weights, args, kwargs)
+        result.prefit = _moments(*rows)
         guide.place(result.prefit)
-        v = (
-            torch.linalg.solve_triangular(factor.to(u), (u - mean).T, upper=False).T
-            if whitening.full_rank
-            else (u - mean) / whitening.scale
-        )
-        constant = whitening.log_det
-        leaves, rates, optimizer = leaves_of(guide, lr)
-        flow = guide.transport[0].at(leaves)
-
-        def loss_of(index: Tensor) -> Tensor:
-            z, log_det = flow.inverse_and_log_det(v[index])
-            return -(w[index] * (noise.log_prob(z) + log_det - constant)).sum() / w[index].sum()
-
-        order = torch.randperm(len(u), device=u.device)
-        kept = int(held_out * len(u))
-        valid, train = order[:kept], order[kept:]
-        schedule, clip = Schedule(num_steps, window=0), GradientClipper()
-        best, best_loss = vector.detach().clone(), math.inf
-        for step in range(num_steps):
-            index = train[
-                torch.randint(len(train), (min(batch_size, len(train)),), device=u.device)
-            ]
-            loss = loss_of(index)
-            optimizer.zero_grad()
-            loss.backward()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule.factor(step)
-            if clip(leaves):
-                optimizer.step()
-            result.losses.append(loss.item())
-            if kept and (step % 50 == 49 or step == num_steps - 1):
-                with torch.no_grad():
-                    now = loss_of(valid).item()
-                if now < best_loss:
-                    best, best_loss = vector.detach().clone(), now
-        if kept:
-            with torch.no_grad():
-                vector.copy_(best)
-    result.cpu_seconds = time.process_time() - begun
+        _maximize(guide, rows, result, num_steps, batch_size, lr, held_out)
+    result.cpu_seconds, result.seconds = time.process_time() - begun, budget.seconds()
     return result
+
+
+def _rows(
+    guide: AutoFlow,
+    draws: Mapping[str, Tensor] | Tensor,
+    weights: Tensor | None,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Unconstrained draws ``(N, D)``, and their weights, which sum to one."""
+    if not isinstance(draws, Tensor):
+        draws = guide.density(*args, **kwargs).unconstrain(draws)
+    u = draws.detach().to(guide.vector).reshape(-1, guide.latent_dim)
+    if len(u) <= guide.latent_dim + 1 or not u.isfinite().all():
+        raise ValueError(
+            f"fit_guide_to_draws needs more than {guide.latent_dim + 1} draws, all finite; "
+            f"got {len(u)}"
+        )
+    w = torch.ones(len(u)) if weights is None else weights.detach().reshape(-1)
+    return u, w.to(u) / w.sum().to(u)
+
+
+def _moments(u: Tensor, w: Tensor) -> Gaussian:
+    """The Gaussian of the draws' mean and covariance."""
+    mean = w @ u
+    centred = (u - mean).double()
+    cov = centred.T @ (w.double()[:, None] * centred)
+    jitter = 1e-12 * cov.diagonal().mean() * torch.eye(len(mean)).to(cov)
+    factor = torch.linalg.cholesky(cov + jitter)
+    return Gaussian(mean.double(), factor, method="moments of the draws")
+
+
+def _maximize(
+    guide: AutoFlow,
+    rows: tuple[Tensor, Tensor],
+    result: FitResult,
+    num_steps: int,
+    batch_size: int,
+    lr: float,
+    held_out: float,
+) -> None:
+    """Raise the likelihood of the draws; keep what is best on those held out."""
+    (u, w), whitening, noise = rows, guide.whitening, guide.noise
+    v, constant = whitening.gather(u - whitening.loc), whitening.log_det
+    groups = flow_groups(guide, lr)
+    flow = guide.transport[0].at([group["params"] for group in groups])
+
+    def loss_of(index: Tensor) -> Tensor:
+        z, log_det = flow.inverse_and_log_det(v[index])
+        log_q = noise.log_prob(z) + log_det - constant
+        return -(w[index] * log_q).sum() / w[index].sum()
+
+    order = torch.randperm(len(u), device=u.device)
+    valid, train = order.split([int(held_out * len(u)), len(u) - int(held_out * len(u))])
+    steps = guide_steps(groups, lr, guide_schedule(num_steps), result)
+    best = Best([guide.vector])
+    for step in steps:
+        index = torch.randint(len(train), (min(batch_size, len(train)),), device=u.device)
+        steps.take(loss_of(train[index]))
+        if len(valid) and (step % 50 == 49 or step == num_steps - 1):
+            with torch.no_grad():
+                best.offer(loss_of(valid).item(), step)
+    if len(valid):
+        best.restore()

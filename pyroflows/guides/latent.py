@@ -33,9 +33,9 @@ from pyroflows.guides.messages import (
     masked_out,
     plate_nesting,
 )
-from pyroflows.guides.routes import preserved
 from pyroflows.guides.sites import Sites, init_where_possible
 from pyroflows.guides.substitute import Substitute
+from pyroflows.training.seeds import preserved
 
 __all__ = ["Angles", "LatentDensity"]
 

@@ -19,7 +19,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyroflows.guides.prefit import Gaussian, Target, climb, laplace, normal_points
+from pyroflows.guides.climbing import climb, laplace
+from pyroflows.guides.gaussian import Gaussian, Target, normal_points
 from pyroflows.weights import OUTSIDE
 
 __all__ = ["Mixture", "MixtureNoise", "Noise", "find_mixture"]

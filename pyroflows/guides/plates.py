@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflows.guides.routes import preserved
 from pyroflows.guides.substitute import outside_of_plates
+from pyroflows.training.seeds import preserved
 
 __all__ = ["PlateSize", "PlateSizes"]
 

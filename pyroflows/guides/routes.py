@@ -1,18 +1,17 @@
-"""Ways of evaluating a function of one point on many, and the random numbers meanwhile."""
+"""Ways of evaluating a function of one point on many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyroflows.training.seeds import rewinder
 
 __all__ = [
     "Failures",
@@ -20,43 +19,7 @@ __all__ = [
     "largest_tensor",
     "one_by_one",
     "operations",
-    "preserved",
-    "seeded",
 ]
-
-
-def _rewinder() -> Callable[[], None]:
-    """What takes torch, on all devices, NumPy and ``random`` back to their present states."""
-    host = get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def rewind() -> None:
-        set_rng_state(host)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-
-    return rewind
-
-
-@contextmanager
-def preserved() -> Iterator[Callable[[], None]]:
-    """Give the random states of torch, NumPy and ``random`` back; yields what rewinds them."""
-    rewind = _rewinder()
-    try:
-        yield rewind
-    finally:
-        rewind()
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Run under a seed and give the random states back; do nothing without one."""
-    if seed is None:
-        yield
-        return
-    with preserved():
-        pyro.set_rng_seed(seed)
-        yield
 
 
 def gathered(
@@ -74,7 +37,7 @@ def gathered(
         join: :func:`torch.stack` or :func:`torch.cat`.
         rewinds: Whether every call sees the same random numbers.
     """
-    rewind = _rewinder() if rewinds else None
+    rewind = rewinder() if rewinds else None
     found = []
     for part in parts:
         if rewind is not None:

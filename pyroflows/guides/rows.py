@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pyroflows.guides.batching import BUDGET
 from pyroflows.guides.latent import LatentDensity
-from pyroflows.guides.routes import operations, preserved, seeded
+from pyroflows.guides.routes import operations
 from pyroflows.guides.substitute import Substitute
+from pyroflows.training.seeds import preserved, seeded
 
 __all__ = ["NotJudged", "Subsampled", "WholeDensity", "subsampled_plates"]
 

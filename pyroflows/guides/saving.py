@@ -54,6 +54,7 @@ class SavedGuide(AutoGuide):
     prototype_trace: Any
     _init_loc_fn: Callable
     _pending_state: dict[str, Any] | None
+
     def __init__(
         self,
         model: Callable,
