@@ -89,9 +89,9 @@ class Packed(Bijection):
         parameters = {k: p for k, p in self._parameters.items() if k != "vector"}
         view.__dict__["_parameters"] = parameters
         if isinstance(vector, Tensor):
-            parameters["vector"] = vector  # type: ignore[assignment]
+            parameters["vector"] = vector
         else:
-            parameters.update({f"part_{i}": part for i, part in enumerate(vector)})  # type: ignore
+            parameters.update({f"part_{i}": part for i, part in enumerate(vector)})
         return view
 
     def release(self) -> nn.Parameter:
@@ -135,7 +135,7 @@ class Packed(Bijection):
         parts = [held.get(f"part_{i}") for i in range(len(self.groups))]
         if any(part is None for part in parts):
             raise RuntimeError("Packed: the vector was given away; call .at(vector) first")
-        return parts  # type: ignore[return-value]
+        return parts
 
     @contextmanager
     def _lent(self) -> Iterator[None]:
@@ -208,9 +208,9 @@ def _take_out(
     unit_of = {inner: unit for outer, unit in units.items() for inner in outer.modules()}
     owners: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for inner in module.modules():
-        for name, p in list(inner._parameters.items()):
-            if p is not None and p.requires_grad and p.is_floating_point():
-                owners.setdefault(p, []).append((inner, name))
+        for name, own in list(inner._parameters.items()):
+            if own is not None and own.requires_grad and own.is_floating_point():
+                owners.setdefault(own, []).append((inner, name))
     kinds = {(p.dtype, p.device) for p in owners}
     if len(kinds) > 1:
         raise ValueError(

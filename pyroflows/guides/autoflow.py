@@ -134,7 +134,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
         flow = _make_flow(self._flow, len(loc))
         transport = make_transport(flow, loc, init_scale=self._init_scale, full_rank=full_rank)
         self._parameters["packed"] = transport[0].release()  # not what the store has of that name
-        self.transport, self.noise = transport, Noise(loc)
+        self._modules.update(transport=transport, noise=Noise(loc))
 
     # ------------------------------------------------------------------------------------------
     # the posterior
@@ -148,19 +148,19 @@ class AutoFlow(SavedGuide, AutoContinuous):
     @property
     def vector(self) -> nn.Parameter:
         """All trainable numbers of the flow, ``(P,)``: the parameter ``packed``."""
-        return self._parameters["packed"]  # type: ignore[return-value]
+        return self._parameters["packed"]
 
     @property
     def noise(self) -> Noise:
         """Where the flow begins."""
-        return self._modules["noise"]  # type: ignore[return-value]
+        return self._modules["noise"]
 
     @property
     def transport(self) -> Compose:
         """The map from noise to unconstrained latents: a packed flow, then a fixed affine map."""
         vector, held = self.vector, self.__dict__.get("_whole")
         if held is None or held[0] is not vector:
-            packed, whitening = self._modules["transport"]  # type: ignore[misc]
+            packed, whitening = self._modules["transport"]
             held = self.__dict__["_whole"] = (vector, Compose([packed.at(vector), whitening]))
         return held[1]
 
@@ -172,7 +172,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
     @property
     def whitening(self) -> Whitening:
         """The fixed part of the map, which a pre-fit sets."""
-        return self._modules["transport"][1]  # type: ignore[index]
+        return self._modules["transport"][1]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The map from noise to unconstrained latents, with the present parameters."""
