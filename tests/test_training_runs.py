@@ -302,8 +302,15 @@ class Stop:
             yield batch
 
 
+OTHERS = dict(
+    optimizer=partial(torch.optim.SGD, momentum=0.9),
+    scheduler=partial(OneCycleLR, max_lr=0.02, total_steps=60),
+    clip_norm=MedianNorm(1.0),
+)
+
+
 @pytest.mark.parametrize("data", ["rows", "loader"])
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "validation": (rows(seed=1),)}])
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "validation": (rows(seed=1),)}, OTHERS])
 def test_a_fit_goes_on_to_the_same_numbers(tmp_path, data, options):
     make = {"rows": lambda: rows(), "loader": lambda: shuffled(rows())}[data]
     options = dict(num_epochs=6, lr=0.01, **options)

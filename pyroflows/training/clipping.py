@@ -65,4 +65,5 @@ class MedianNorm:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
+        self.norms.clear()
         self.norms.extend(state["norms"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -219,7 +220,7 @@ class _Run:
             once=options.num_epochs == 1,
         )
         broadcast(flow)
-        clip = options.clip_norm
+        clip = copy.deepcopy(options.clip_norm)  # what it has seen is of this fit
         self.steps = Steps(
             self.parameters,
             options.lr,
