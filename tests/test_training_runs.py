@@ -57,6 +57,16 @@ class Numbered(Dataset):
         return {"x": self.x[i], "context": self.x[i, :1] * 0 + i}
 
 
+class Watched(Numbered):
+    def __init__(self, x):
+        super().__init__(x)
+        self.seen = []
+
+    def __getitem__(self, i):
+        self.seen.append(int(i))
+        return super().__getitem__(i)
+
+
 class Streamed(IterableDataset):
     def __init__(self, x):
         self.x = x
@@ -104,14 +114,8 @@ def test_context_and_weights_come_with_the_batches():
 
 
 def test_datasets_are_parted_shuffled_and_batched():
-    seen = []
-
-    class Watched(Numbered):
-        def __getitem__(self, i):
-            seen.append(i)
-            return super().__getitem__(i)
-
-    history = fit(small(1), Watched(rows()), num_epochs=2, batch_size=50)
+    watched = Watched(rows())
+    history, seen = fit(small(1), watched, num_epochs=2, batch_size=50), watched.seen
     assert history.num_steps == 2 * (216 // 50) and len(history.valid_loss) == 2
     assert set(seen) == set(range(240))
     held = {i for i in seen if seen.count(i) == 4}  # scored before, between and after
@@ -392,6 +396,9 @@ def test_checkpoints_of_other_fits_are_refused(tmp_path):
 def shared(rank):
     """Fits of which each of two processes has its share."""
     found = {}
+    watched = Watched(rows())
+    fit(small(1), watched, num_epochs=1, batch_size=20, standardize=False)
+    found["seen"] = torch.tensor(watched.seen)
     for kind in ("rows", "weighted", "loader"):
         flow = small(seed=rank)  # what the first has counts
         x, weight = rows(), torch.linspace(0, 1, 240)
@@ -435,6 +442,9 @@ def test_two_processes_fit_as_one(tmp_path):
         _, error = worker.communicate(timeout=120)
         assert worker.returncode == 0, error.decode()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    shares = [set(f.pop("seen").unique(return_counts=True)[0].tolist()) for f in (first, second)]
+    assert len(shares[0] & shares[1]) == 24  # what is held out
+    assert len(shares[0] | shares[1]) == 24 + 2 * (108 // 10) * 10
     for kind, one in alone().items():
         torch.testing.assert_close(first[kind], second[kind], atol=0, rtol=0)
         torch.testing.assert_close(first[kind], one, atol=1e-5, rtol=1e-4)

@@ -371,7 +371,7 @@ class _Run:
     @cached_property
     def _judges(self) -> list[Rows]:
         """Training rows that judge where none are held out."""
-        return [self.train.rows.some(8192).to(self.flow)]
+        return list(self.train.rows.some(8192).to(self.flow).chunks())
 
     def _offer(self, mark: int) -> float:
         """Score the state, averaged if it is to be, and keep it if it is the best."""

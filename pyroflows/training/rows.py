@@ -36,8 +36,9 @@ class Rows(NamedTuple):
         """Return about ``count`` rows, evenly spread."""
         return self.part(slice(None, None, max(1, len(self.x) // count)))
 
-    def chunks(self, size: int) -> Iterator[Rows]:
-        """Yield the rows in order, ``size`` at a time."""
+    def chunks(self) -> Iterator[Rows]:
+        """Yield the rows in order, as many at a time as are scored at once."""
+        size = max(1, min(8192, 2**20 // max(1, self.x[:1].numel())))
         return (self.part(slice(i, i + size)) for i in range(0, len(self.x), size))
 
     @classmethod

@@ -9,14 +9,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from pyroflows.training.parallel import agreed, rank_and_world
 from pyroflows.training.rows import NAMES, Rows, as_rows, held_count, minibatches, part_rows
 
 __all__ = ["Loader", "Source", "Table", "sources"]
 
-CHUNK = 8192  # rows scored at once; rows of a loader that it is standardized by
+FIRST = 8192, 2**26  # rows, and numbers in them, of a loader that the flow is standardized by
 
 
 class Source(Protocol):
@@ -57,7 +64,7 @@ class Table:
     """Rows in memory; of several processes each takes its share of every batch."""
 
     def __init__(
-        self, rows: Rows, flow: nn.Module, batch_size: int, generator: torch.Generator
+        self, rows: Rows, flow: nn.Module, generator: torch.Generator, batch_size: int = 1
     ) -> None:
         self.rows, self.flow, self.generator = rows, flow, generator
         self.batch_size = min(len(rows.x), batch_size)
@@ -80,7 +87,7 @@ class Table:
         """Chunks in order."""
         rank, world = rank_and_world()
         rows = self._there if world == 1 else self._there.part(slice(rank, None, world))
-        return rows.chunks(CHUNK)
+        return rows.chunks()
 
     def identity(self) -> str:
         """A digest of the rows."""
@@ -110,11 +117,13 @@ class Loader:
     @cached_property
     def rows(self) -> Rows:
         """The rows of the first batches."""
-        given, first, seen = iter(self.given), [], 0
+        given, first = iter(self.given), []
+        seen, numbers = 0, 0
         for batch in given:
             first.append(batch)
-            seen += len(self._read(batch, len(first)).x)
-            if seen >= CHUNK:
+            x = self._read(batch, len(first)).x
+            seen, numbers = seen + len(x), numbers + x.numel()
+            if seen >= FIRST[0] or numbers >= FIRST[1]:
                 break
         self._refuse_nothing(seen)
         if self.once:
@@ -230,9 +239,9 @@ def sources(
     apart = _gives_batches(validation, flow) and not isinstance(validation, tuple)
     part = 0 if apart else 0.1 if validation is None else validation
     train, held = part_rows(flow, as_rows(*data), part, generator)
-    table = Table(train, flow, batch_size or _default_size(len(train.x)), generator)
+    table = Table(train, flow, generator, batch_size or _default_size(len(train.x)))
     if held is not None:
-        return table, Table(held, flow, CHUNK, generator)
+        return table, Table(held, flow, generator)
     return table, _held(flow, validation if apart else None, generator)
 
 
@@ -267,8 +276,11 @@ def _load(
         data, held = Subset(data, order[count:]), Subset(data, order[:count])
         n, validation = n - count, DataLoader(held, 512) if count else None
     size = min(n, batch_size or _default_size(n))
-    loader: DataLoader = DataLoader(data, size, shuffle=True, drop_last=True, generator=generator)
-    return loader, validation
+    world = rank_and_world()[1]
+    if world == 1:
+        return DataLoader(data, size, True, drop_last=True, generator=generator), validation
+    shares: DistributedSampler = DistributedSampler(data, drop_last=True)
+    return DataLoader(data, max(1, size // world), sampler=shares, drop_last=True), validation
 
 
 def _held(flow: nn.Module, validation: Any, generator: torch.Generator) -> Source | None:
@@ -276,7 +288,7 @@ def _held(flow: nn.Module, validation: Any, generator: torch.Generator) -> Sourc
     if validation is None or (isinstance(validation, (int, float)) and not validation):
         return None
     if isinstance(validation, tuple):
-        return Table(as_rows(*validation), flow, CHUNK, generator)
+        return Table(as_rows(*validation), flow, generator)
     if not _gives_batches(validation, flow):
         raise ValueError(
             "fit: beside a loader, validation must be None, a second loader, or rows (x,), (x, "
