@@ -164,7 +164,7 @@ class LogisticMixture(Family):
         """3 K."""
         return 3 * self.count_components
 
-    def at(self, params: Params, like: Tensor) -> Logistics:
+    def mixture(self, params: Params, like: Tensor) -> Logistics:
         """Return the mixture at these parameters, for values of as many axes as ``like``."""
         if not isinstance(params, Tensor):
             params = torch.stack(torch.broadcast_tensors(*params))
@@ -186,11 +186,11 @@ class LogisticMixture(Family):
 
     def log_prob(self, x: Tensor, params: Params) -> Tensor:
         """Return the log-density at x, of x's shape."""
-        return self.at(params, x).log_prob(x)
+        return self.mixture(params, x).log_prob(x)
 
     def log_cell(self, upper: Tensor, width: Tensor, params: Params) -> Tensor:
         """Return log P(upper - width < X <= upper), precise however narrow the interval."""
-        return self.at(params, upper).log_cell(upper, width)
+        return self.mixture(params, upper).log_cell(upper, width)
 
     def logit_cdf(self, x: Tensor, params: Params) -> Tensor:
         """Return log F(x) / (1 - F(x)), precise in both tails."""
@@ -198,11 +198,11 @@ class LogisticMixture(Family):
 
     def to_logistic(self, params: Params, like: Tensor) -> Map:
         """Return the map ``x -> (logit F(x; θ), its log-slope)``."""
-        return self.at(params, like).to_logistic
+        return self.mixture(params, like).to_logistic
 
     def bracket(self, y: Tensor, params: Params) -> tuple[Tensor, Tensor]:
         """Return the least and the greatest of the components' own quantiles."""
-        mixture = self.at(params, y)
+        mixture = self.mixture(params, y)
         each = mixture.loc + mixture.log_scale.exp() * y
         return each.amin(0), each.amax(0)
 

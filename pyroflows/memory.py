@@ -30,15 +30,15 @@ class Twin(Generic[T]):
         self.stamp: list[tuple[weakref.ref[Tensor], int]] = []
         self.known: T | None = None
 
-    def of(self, read: Callable[..., T], *buffers: Tensor) -> T | None:
-        """Return ``read(*buffers)``, or None while they are on the meta device, empty."""
+    def read(self, make: Callable[..., T], *buffers: Tensor) -> T | None:
+        """Return ``make(*buffers)``, or None while they are on the meta device, empty."""
         if self.known is not None and (
             torch.compiler.is_compiling() or not self._is_stale(buffers) or not plain(*buffers)
         ):
             return self.known
         if any(b.is_meta for b in buffers):
             return None
-        self.known = read(*buffers)
+        self.known = make(*buffers)
         self.stamp = [(weakref.ref(b), _version(b)) for b in buffers]
         return self.known
 

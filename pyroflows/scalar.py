@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ __all__ = [
 Params = Tensor | tuple[Tensor, ...]
 
 
-@runtime_checkable
 class ScalarMap(Protocol):
     """What a scheme asks of a scalar map."""
 

@@ -86,7 +86,7 @@ class Columns(nn.Module):
         Raises:
             RuntimeError: If the network is on the meta device and holds nothing.
         """
-        order = self._known.of(Tensor.tolist, self.order)
+        order = self._known.read(Tensor.tolist, self.order)
         if order is None:
             raise RuntimeError(
                 "the network is on the meta device and holds nothing: .to_empty(device=...), "
@@ -130,7 +130,7 @@ class ColumnsPass:
     def params(self) -> Tensor:
         """Return θ of the next feature, shape ``(num_params, *batch)``."""
         rows = self.net.rows(torch.stack(self.values, -1), self.context)
-        (out,) = self.net.nets.some(rows, 0, [self.order[self.known]])
+        (out,) = self.net.nets.selected(rows, 0, [self.order[self.known]])
         return out.T.reshape(self.net.num_params, *self.batch_shape)
 
     def push(self, value: Tensor) -> None:
@@ -245,6 +245,6 @@ class ColumnNets(nn.Module):
         keep = torch.rand_like(hidden[:1]) >= self.dropout
         return hidden * (keep.to(hidden.dtype) / (1 - self.dropout))
 
-    def some(self, x: Tensor, group: int, rows: list[int]) -> Tensor:
+    def selected(self, x: Tensor, group: int, rows: list[int]) -> Tensor:
         """Outputs of a few networks of one group only, shape (len(rows), N, num_outputs)."""
         return self._head(group, rows, self.trunk(x, [self.groups[group][r] for r in rows]), x)

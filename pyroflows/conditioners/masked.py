@@ -116,7 +116,7 @@ class Masked(Conditioner):
     def plan(self) -> tuple[list[int], list[list[int]]] | None:
         """Return the order, and for each hidden layer the unit at which degree m = 0..D begins."""
         graph = () if self.adjacency is None else (self.adjacency,)
-        return self._known.of(self._read_plan, self.order, *graph)
+        return self._known.read(self._read_plan, self.order, *graph)
 
     def _read_plan(
         self, order: Tensor, graph: Tensor | None = None

@@ -505,7 +505,7 @@ class TableModel:
     def _law(self, t: int, features: Tensor, state: State | None, atoms: bool) -> Labels | Numbers:
         c, group, i = self.targets[t], self.group(t), self.specs[self.num_given + t].position
         rows = group.rows(self.members, i)
-        out = self.nets.some(features.to(self.device), int(c.is_label), rows)
+        out = self.nets.selected(features.to(self.device), int(c.is_label), rows)
         out = self._floored(out, group, i).cpu()
         alpha, j, q = float(self.alpha[t]), self.num_given + t, self.mixture
         q = q if alpha > 0 else None

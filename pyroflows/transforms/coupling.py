@@ -81,7 +81,7 @@ class Coupling(AxisBijection):
 
     def _halves(self) -> int:
         """Halves need no index: 1 if the kept half is in front, -1 if behind, else 0."""
-        return self._known.of(_find_halves, self.kept_index, self.moved_index) or 0
+        return self._known.read(_find_halves, self.kept_index, self.moved_index) or 0
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -42,7 +42,7 @@ class Units(Bijection):
     @property
     def active(self) -> bool:
         """Whether the map is anything but the identity."""
-        return bool(self._known.of(_differ, self.loc, self.scale))
+        return bool(self._known.read(_differ, self.loc, self.scale))
 
     @torch.no_grad()
     def fit_to(
