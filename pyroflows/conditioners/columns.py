@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class Columns(nn.Module):
         features, graph = order_and_graph(input_dim, order, adjacency)
         self.register_buffer("order", torch.tensor(features))
         self._known: Twin[list[int]] = Twin()
-        self.features_in_order()
+        self._known.read(self._read_order, self.order)
         seen = before(features) if graph is None else graph
         mask = torch.cat([seen.float(), torch.ones(input_dim, context_dim, device="cpu")], 1)
         self.nets = ColumnNets(
@@ -86,13 +87,20 @@ class Columns(nn.Module):
         Raises:
             RuntimeError: If the network is on the meta device and holds nothing.
         """
-        order = self._known.read(Tensor.tolist, self.order)
+        order = self._known.read(self._read_order, self.order)
         if order is None:
             raise RuntimeError(
                 "the network is on the meta device and holds nothing: .to_empty(device=...), "
                 "then load its state"
             )
         return order
+
+    def _read_order(self, order: Tensor) -> list[int]:
+        return order_and_graph(self.input_dim, order)[0]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known.read(self._read_order, self.order)
 
     def rows(self, x: Tensor, context: Tensor | None) -> Tensor:
         """What the networks read of ``(*batch, D)`` and a context: ``(N, D + context_dim)``."""
