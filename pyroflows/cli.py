@@ -127,6 +127,7 @@ def _add_fit(commands: Any, formats: argparse.ArgumentParser) -> None:
         metavar="RELATION",
         help="what holds in every row, e.g. 'start < end' 'a + b == c'",
     )
+    fit.add_argument("--flow", help="a flow for the numbers: neural_spline, maf, realnvp, ...")
     fit.add_argument("--missing", choices=["ignore", "model"], default="ignore")
     fit.add_argument("--max-time", type=float, default=90.0, help="seconds of processor time")
     fit.add_argument("--max-steps", type=int, help="optimizer steps, at most")
@@ -229,6 +230,7 @@ def _fit(args: argparse.Namespace) -> None:
         given=args.given,
         schema=args.schema,
         constraints=args.constraint,
+        flow=args.flow,
         missing=args.missing,
         max_time=args.max_time,
         max_steps=args.max_steps,

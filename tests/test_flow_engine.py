@@ -174,6 +174,7 @@ def test_given_columns_are_the_context():
     assert np.allclose(drawn.mean(1), [0, 5], atol=0.4)
     size = np.linspace(-15, 25, 2001)
     one = pd.DataFrame({"kind": "b", "count": 6, "size": size})
+    assert model.predict_outliers(table.head(3).assign(size=1e6)).all()
     assert np.exp(model.score_samples(one)).sum() * 0.02 == pytest.approx(1, abs=5e-3)
     # the flow itself is the density of the numbers, in data units
     points = torch.as_tensor(size)[:, None]

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyroflows.density.engine import Engine, Settings, TrainingTable
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.training.budget import Budget
+from pyroflows.weights import effective_sample_size, systematic_resample
 
 __all__ = ["pupil_of", "weighted"]
 
@@ -57,9 +58,11 @@ def weighted(
         log_w = log_w.nan_to_num(nan=-torch.inf, posinf=-torch.inf).view(len(rows), count)
         dead = log_w.amax(1) == -torch.inf
         share = torch.where(dead[:, None], 0.0, log_w).softmax(1)
-        few = 1 / share.square().sum(1) < max(2.0, min(n, 50) / 2)
+        few = effective_sample_size(share) < max(2.0, min(n, 50) / 2)
         poor += int((few | dead).sum())
-        pick = systematic(share, n, generator)[..., None]
+        shift = torch.rand(len(rows), generator=generator, dtype=share.dtype)
+        pick = systematic_resample(share, n, shift)
+        pick = pick[:, torch.randperm(n, generator=generator), None]
         out.append(drawn.gather(1, pick.expand(-1, -1, drawn.shape[-1])))
     if poor:
         warnings.warn(
@@ -68,12 +71,3 @@ def weighted(
             stacklevel=5,
         )
     return torch.cat(out)
-
-
-def systematic(share: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """``n`` picks from each row of weights (N, M), in random order."""
-    shift = torch.rand(len(share), 1, generator=generator, dtype=share.dtype)
-    grid = (torch.randperm(n, generator=generator) + shift) / n
-    cum = share.cumsum(1)
-    pick = torch.searchsorted(cum / cum[:, -1:], grid, right=True)
-    return pick.clamp_max(share.shape[1] - 1)

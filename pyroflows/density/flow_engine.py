@@ -97,7 +97,10 @@ class FlowEngine(Engine):
             ValueError: If there are no numbers to model, or missing cells.
         """
         self._begin(table, budget)
-        self.labels.fit(table, self.settings, self._share(budget), generator=generator)
+        share = self._share(budget)
+        self.labels.fit(table, self.settings, share, generator=generator)
+        for cut in share.cuts:
+            budget.tell(f"{cut} (of labels)")
         shape = len(self.numbers.columns), self.numbers.context_dim
         self.sizes = sizes_for(self.make, table.size, *shape)
         with seeded(generator.initial_seed() % 2**32):

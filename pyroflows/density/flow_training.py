@@ -183,18 +183,35 @@ class Plan:
     held: int
 
     @classmethod
-    def of(cls, rows: int, distinct: int, settings: Settings, *, more: bool = False) -> Plan:
-        """For a table of so many rows, repetitions counted, and so many distinct ones."""
+    def of(
+        cls,
+        table: TrainingTable,
+        settings: Settings,
+        *,
+        weights: int,
+        seconds: float,
+        more: bool = False,
+    ) -> Plan:
+        """For a table and a flow of so many weights, in as many steps as fit into the time.
+
+        A step is taken to cost what it does at 40 GFLOPS, so that one seed gives one result on
+        any processor that is not much slower.
+        """
+        rows, distinct = table.size, len(table)
         size = settings.batch_size or (64 if rows < 1000 else 256 if rows < 8000 else 512)
         held = min(distinct // 10, 3000) if distinct >= 10 else 0
         size = max(1, min(size, distinct - held))
         epochs = 200 if rows < 1000 else 60 if rows < 8000 else 180
-        steps = min(max(400, round(epochs * rows / size)), 6000)
-        steps = min(steps, settings.max_steps or steps)
+        cost = 2e-3 + size * weights * 6 / 4e10
+        steps = min(
+            max(400, round(epochs * rows / size)), 8000, round(0.8 * min(seconds, 1e5) / cost)
+        )
+        steps = max(1, min(steps, settings.max_steps or steps))
+        rate = 5 / 3 if rows < 8000 else 8 / 3
         return cls(
             steps=max(1, steps // 4) if more else steps,
             batch_size=size,
-            lr=settings.learning_rate * (2 / 9 if more else 2 / 3),
+            lr=settings.learning_rate * (rate / 3 if more else rate),
             weight_decay=0.1 if 1000 <= rows < 8000 else 0.01,
             jitter=min(0.2, 250 / rows),
             held=held,
@@ -225,7 +242,8 @@ def fit_flow(
     Returns:
         The history, valid nats those of rows in data units; and which rows were held out.
     """
-    plan = Plan.of(table.size, len(table), settings, more=more)
+    weights = sum(p.numel() for p in flow.parameters())
+    plan = Plan.of(table, settings, weights=weights, seconds=budget.limit, more=more)
     order = torch.randperm(len(table), generator=generator)
     held, rows = order[: plan.held], order[plan.held :]
     device = settings.device_for(table.size)
@@ -246,6 +264,7 @@ def fit_flow(
         weight_decay=plan.weight_decay,
         validation=validation,
         patience=CHECKS,
+        clip_norm=5.0,
         standardize=False,
         seed=int(torch.randint(2**31, (), generator=generator)),
         progress=settings.progress,
