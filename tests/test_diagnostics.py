@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, Aut
 
 from pyroflows import AutoFlow, diagnose, fit_guide, importance_resample, to_arviz
 from pyroflows.guides import draw
-from pyroflows.guides.weights import pareto_k, smooth_weights, summarize_weights
+from pyroflows.weights import pareto_k, smooth_weights, summarize_weights
 
 MEAN, COV = torch.tensor([1.0, -2.0]), torch.tensor([[1.0, 0.6], [0.6, 0.5]])
 

@@ -141,6 +141,22 @@ def test_no_import_cycles():
         visit(module)
 
 
+def calls(path):
+    """Names of what is called, dotted as written."""
+    return [
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+
+
+def test_one_loop_calls_an_optimizers_step_and_one_module_clips():
+    stepping = {m for m, p in MODULES.items() if any("optimizer.step" in c for c in calls(p))}
+    assert stepping == {"pyroflows.training.steps", "pyroflows.guides.climbing"}  # L-BFGS there
+    clipping = {m for m, p in MODULES.items() if any("clip_grad" in c for c in calls(p))}
+    assert clipping == {"pyroflows.training.clipping"}
+
+
 def test_every_file_says_what_it_exports():
     missing = [
         name

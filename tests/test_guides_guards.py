@@ -25,7 +25,7 @@ from pyroflows import (
 )
 from pyroflows.guides.prefit import Gaussian as PrefitGaussian
 from pyroflows.guides.prefit import Target, batch_and_match, prefit
-from pyroflows.guides.weights import summarize_weights
+from pyroflows.weights import summarize_weights
 
 
 def fitted(model, *args, seed=0, **kwargs):

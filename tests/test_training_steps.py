@@ -198,6 +198,14 @@ def test_seeded_gives_every_generator_back():
     assert draw() == expected[1]
 
 
+@pytest.mark.parametrize("seed", [0, -1, 2**40])
+def test_every_seed_that_torch_takes_will_do(seed):
+    with seeded(seed):
+        drawn = torch.rand(())
+    torch.manual_seed(seed)
+    assert torch.rand(()) == drawn
+
+
 def test_adam_takes_groups_and_tensors():
     p, q = parameter(1.0), parameter(1.0)
     adam = make_adam([p, {"params": q, "weight_decay": 0.5}], 0.1, betas=(0.9, 0.99))

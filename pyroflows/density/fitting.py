@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from pyroflows.density.simple import blend_weights, fit_simple
 from pyroflows.density.training import HeldOut, Plan, column_scores, train
 from pyroflows.training.budget import Budget
 from pyroflows.training.parallel import rank_and_world
+from pyroflows.training.seeds import seeded
 
 __all__ = ["fit_mixed", "fit_more", "folds"]
 
@@ -31,7 +31,7 @@ def fit_mixed(
 ) -> tuple[TableModel, Fit]:
     """Cells, simple models, networks, and the weights that held-out rows give to them."""
     device = settings.device_for(table.size)
-    with _seeded(generator, device):
+    with seeded(generator.initial_seed(), device):
         model = new_model(table, settings, budget)
         fold = folds(len(table), table.size, model.members, generator)
         begun = budget.seconds()
@@ -73,7 +73,7 @@ def fit_more(
     fold = folds(n, n, model.members, generator)
     sizes = plan(model, n, settings, budget.limit)
     wanted = min(sizes.wanted, max(20, 5 * n // sizes.batch_size))
-    with _seeded(generator, model.device):
+    with seeded(generator.initial_seed(), model.device):
         history = train(
             model,
             lambda: iter([(values, weight, fold)]),
@@ -86,14 +86,6 @@ def fit_more(
         )
     model.eval()
     return Fit(history, held_rows(fold))
-
-
-@contextmanager
-def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Run torch under the generator's seed, and give its random states back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(generator.initial_seed())
-        yield
 
 
 # ---------------------------------------------------------------------- stages

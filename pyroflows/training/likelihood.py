@@ -147,8 +147,9 @@ def fit(
         max_time=max_time,
         checkpoint=checkpoint,
     )
-    with seeded(seed), nullcontext() if distributed else alone():
-        return _Run(flow.to(_device(device, flow)), (x, context, sample_weight), options).fit()
+    where = _device(device, flow)
+    with seeded(seed, where), nullcontext() if distributed else alone():
+        return _Run(flow.to(where), (x, context, sample_weight), options).fit()
 
 
 @dataclass(kw_only=True)

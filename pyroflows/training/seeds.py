@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro.util import get_rng_state, set_rng_state
 
@@ -56,11 +56,20 @@ def preserved() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Run under a seed and give the random states back; do nothing without one."""
+def seeded(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
+    """Run under a seed and give the random states back; do nothing without one.
+
+    Args:
+        seed: For torch, on all devices, NumPy and ``random``.
+        device: One that will be used inside, so that its state can be given back.
+    """
     if seed is None:
         yield
         return
+    if device is not None and device.type == "cuda":
+        torch.cuda.init()
     with preserved():
-        pyro.set_rng_seed(seed)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # which takes no more
         yield
