@@ -117,3 +117,168 @@ def test_a_broken_constraint_is_the_fault_of_the_column_it_binds():
     assert np.isneginf(cells).sum().to_dict() == dict(start=0, end=1, net=0, tax=0, gross=1)
     np.testing.assert_array_equal(np.isneginf(cells).any(axis=1), [True, True, False])
     np.testing.assert_allclose(cells.sum(axis=1), model.score_samples(odd), rtol=1e-12)
+
+
+# ---------------------------------------------------------------------- oddness
+
+
+@pytest.fixture(scope="module")
+def clinic():
+    """Rows of many columns with heavy tails; a first half to fit, a second half to judge."""
+    rng = np.random.default_rng(0)
+    n = 3000
+    z = rng.normal(size=n)
+    sex = rng.choice(["f", "m"], n)
+    age = np.clip(np.round(45 + 15 * z), 18, 95).astype(int)
+    income = np.round(np.exp(10 + 0.4 * z + 0.2 * rng.standard_t(4, n)))
+    table = pd.DataFrame(
+        {
+            "age": age,
+            "sex": sex,
+            "pregnant": np.where((sex == "f") & (rng.random(n) < 0.3), "yes", "no"),
+            "income": income,
+            "tax": np.round(income * (0.2 + 0.02 * rng.normal(size=n)) / 100, 1),
+            **{f"x{i}": rng.standard_t(3, n) for i in range(6)},
+        }
+    )
+    model = DensityEstimator(max_steps=150, members=2, random_state=0).fit(table[: n // 2])
+    return model, table[n // 2 :]
+
+
+def planted(rows, **cells):
+    return rows.iloc[:40].assign(**cells)
+
+
+PLANTED = [
+    dict(age=-3),
+    dict(income=9e7),
+    dict(tax=5000.0),
+    dict(sex="m", pregnant="yes"),
+    dict(sex="female"),
+]
+
+
+def test_one_wrong_cell_is_not_drowned_by_ordinary_ones(clinic):
+    model, rows = clinic
+    ordinary = model.outlier_score(rows)
+    low = model.score_samples(rows)
+    for cells in PLANTED:
+        odd = planted(rows, **cells)
+        # odder than nearly all ordinary rows; so short a fit knows little of the combination
+        place = (ordinary[:, None] > model.outlier_score(odd)).mean(0)
+        assert np.median(place) < (0.05 if len(cells) > 1 else 0.01), cells
+        by_density = (low[:, None] < model.score_samples(odd)).mean(0)
+        assert np.mean(place) <= np.mean(by_density) + 2e-3, cells
+
+
+def test_rows_of_cells_that_do_not_belong_together_are_as_odd_as_by_density(clinic):
+    model, rows = clinic
+    mixed = rows.iloc[:300].copy()
+    for name in ("age", "sex", "pregnant", "income", "tax"):
+        mixed[name] = rows[name].sample(300, random_state=len(name)).to_numpy()
+
+    def auc(ordinary, odd):
+        return (odd[:, None] > ordinary).mean()
+
+    new = auc(model.outlier_score(rows), model.outlier_score(mixed))
+    old = auc(-model.score_samples(rows), -model.score_samples(mixed))
+    assert new > max(old, 0.85)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.05])
+def test_contamination_is_the_share_of_fresh_rows(clinic, share):
+    model, rows = clinic
+    found = model.predict_outliers(rows, share).mean()
+    noise = np.sqrt(share * (1 - share) * (1 / len(rows) + 1 / 1500))
+    assert abs(found - share) < 4 * noise
+    score = model.outlier_score(rows)
+    np.testing.assert_array_equal(model.predict_outliers(rows, share), score > -np.log(share))
+    tails = model.explain(rows.iloc[:600]).tail
+    seen = (tails < share).mean(axis=None)
+    assert 0.5 * share < seen < 1.5 * share
+
+
+def test_impossible_and_broken_rows_are_infinitely_odd(joint, table):
+    odd = table.iloc[:2].copy()
+    odd.iloc[0, 3] = -1.0
+    score = joint.outlier_score(odd)
+    assert score[0] == np.inf and np.isfinite(score[1])
+    assert joint.predict_outliers(odd, 1e-6).tolist() == [True, False]
+    explained = joint.explain(odd)
+    assert explained.tail.iloc[0]["rain"] == 0 and explained.rows.iloc[0] == 0
+
+
+def test_calibration_is_saved_and_older_files_fall_back_on_densities(joint, table, tmp_path):
+    joint.save(tmp_path / "model.safetensors")
+    again = DensityEstimator.load(tmp_path / "model.safetensors")
+    np.testing.assert_allclose(again.outlier_score(table), joint.outlier_score(table), rtol=1e-9)
+    again.oddness_ = None
+    low = again.predict_outliers(table, 0.1)
+    assert 0.02 < low.mean() < 0.25
+    assert again.score_samples(table)[low].max() <= again.score_samples(table)[~low].min()
+    with pytest.raises(ValueError, match="fit it again"):
+        again.explain(table)
+
+
+# ---------------------------------------------------------------------- explanations
+
+
+@pytest.mark.parametrize("given", ["earlier", "others"])
+def test_the_wrong_cell_is_blamed_and_what_it_should_be_is_told(clinic, given):
+    model, rows = clinic
+    for cells in PLANTED if given == "earlier" else PLANTED[2:4]:
+        odd = planted(rows, **cells).iloc[:4]
+        explained = model.explain(odd, given=given)
+        worst = explained.tail.idxmin(axis=1)
+        assert worst.isin(list(cells)).mean() > 0.8, (cells, worst.tolist())
+    tax = model.explain(planted(rows, tax=5000.0).iloc[:4], given=given).table["tax"]
+    true = rows["tax"].iloc[:4]
+    assert ((tax["lower"] < true) & (true < tax["upper"])).mean() > 0.6
+    assert (np.abs(np.log(tax["expected"] / true)) < 0.5).all()
+    assert (tax["value"] == 5000).all()
+
+
+def test_a_stranger_leaves_the_other_cells_without_blame(clinic):
+    model, rows = clinic
+    few = rows.iloc[:3]
+    for given in ("earlier", "others"):  # in the others' eyes, after a second look
+        fair = model.explain(few, given=given).tail.drop(columns="age")
+        odd = model.explain(few.assign(age=-3), given=given).tail.drop(columns="age")
+        assert (odd.min(axis=1) > 0.05 * fair.min(axis=1)).all()
+
+
+def test_given_all_others_agrees_with_bayes_rule(joint, table):
+    few = table.iloc[:25]
+    cells = joint.explain(few, given="others").table
+    whole = joint.score_samples(few)
+    for name, error in {"size": 0.3, "count": 0.1, "rain": 0.1, "kind": 0.01}.items():
+        want = whole - joint.log_marginal(few.drop(columns=name))
+        np.testing.assert_allclose(cells[name]["log_density"], want, atol=error)
+    rest = few.iloc[:8].drop(columns="size")
+    q = joint.quantile(rest, [0.05, 0.5, 0.95], draws=4000)["size"]
+    got = cells["size"][["lower", "expected", "upper"]].iloc[:8].to_numpy(float)
+    np.testing.assert_allclose(got, q.to_numpy(), atol=0.2)
+
+
+def test_given_earlier_cells_agree_with_the_cells_of_the_log_density(joint, table):
+    cells = joint.explain(table.iloc[:50]).table.xs("log_density", axis=1, level=1)
+    np.testing.assert_allclose(cells, joint.score_columns(table.iloc[:50]), atol=1e-4)
+
+
+def test_an_explanation_is_a_table_with_the_types_of_the_cells(joint, table):
+    few = table.iloc[:5].copy()
+    few.iloc[0, 1] = 400
+    few.loc[few.index[1], "rain"] = np.nan
+    explained = joint.explain(few)
+    assert explained.table["kind"]["expected"].dtype == table["kind"].dtype
+    assert explained.table.index.equals(few.index)
+    assert np.isnan(explained.tail.loc[few.index[1], "rain"])
+    top = explained.top(3)
+    assert len(top) == 3 and top["tail"].is_monotonic_increasing
+    assert (top["row"].iloc[0], top["column"].iloc[0]) == (few.index[0], "count")
+    assert top["value"].iloc[0] == 400
+    assert "count" in repr(explained) and "<table" in explained._repr_html_()
+    assert len(joint.explain(few.iloc[:0]).top()) == 0
+    for wrong in (dict(given="all"), dict(coverage=1.0)):
+        with pytest.raises(ValueError, match="given|coverage"):
+            joint.explain(few, **wrong)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.density.engine import Engine
+from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
 from pyroflows.density.particles import gaps
 from pyroflows.tables.inputs import check_half_known
@@ -15,7 +17,21 @@ from pyroflows.tables.inputs import check_half_known
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["cell_log_prob", "score_columns", "target_names"]
+__all__ = ["cell_log_prob", "exact_model", "score_columns", "target_names"]
+
+
+def exact_model(engine: Engine, what: str) -> TableModel:
+    """The model of an engine whose conditionals are all exact.
+
+    Raises:
+        ValueError: For another engine, saying what to do.
+    """
+    if not isinstance(engine, MixedEngine):
+        raise ValueError(
+            f"{what} needs the exact conditionals of the default engine, which "
+            f"{type(engine).__name__} has not; fit a DensityEstimator(flow=None) for it"
+        )
+    return engine.model
 
 
 def target_names(model: TableModel) -> list[object]:

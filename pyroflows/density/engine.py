@@ -84,10 +84,14 @@ class TrainingTable:
 
 
 class Fit(NamedTuple):
-    """What a fit tells: the entries of its history, and which rows no network trained on."""
+    """What a fit tells: the entries of its history, and which rows it held out.
+
+    Where several networks are averaged, ``fold`` names the one that did not train on each.
+    """
 
     history: list[dict[str, float]]
     held: Tensor
+    fold: Tensor | None = None
 
 
 class Engine(Protocol):

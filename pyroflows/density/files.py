@@ -11,6 +11,7 @@ from pyroflows.density.engine import Engine
 from pyroflows.density.flow_engine import FlowEngine
 from pyroflows.density.header import check_header
 from pyroflows.density.mixed_engine import MixedEngine
+from pyroflows.density.surprise import Oddness
 from pyroflows.tables import Schema
 from pyroflows.tables.values import from_json, to_json
 
@@ -39,6 +40,7 @@ def save(estimator: Any, path: Any) -> None:
         params=params,
         score_quantiles=[float(x) for x in estimator._score_quantiles],
         column_nats=estimator._column_nats,
+        oddness=None if estimator.oddness_ is None else estimator.oddness_.to_json(),
         history=json.loads(estimator.history_.to_json(orient="split", index=False)),
     )
     data = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -123,6 +125,8 @@ def _estimator(kind: Any, header: dict[str, Any], schema: Schema, engine: Engine
         out.feature_names_in_ = np.array(schema.names, dtype=object)
     out._score_quantiles = np.array(header["score_quantiles"])
     out._column_nats = header["column_nats"]
+    held = header.get("oddness")
+    out.oddness_ = None if held is None else Oddness.from_json(held)
     out.history_ = pd.DataFrame(**header["history"])
     return out
 

@@ -58,7 +58,8 @@ def fit_mixed(
         model.eval()
         if simple:
             model.set_mixture(simple.pop(), blend_weights(model, held, simple))
-    return model, Fit([dict(step=0, epoch=0.0, valid=start), *history], held_rows(fold))
+    held = held_rows(fold)
+    return model, Fit([dict(step=0, epoch=0.0, valid=start), *history], held, fold[held])
 
 
 def fit_more(
@@ -85,7 +86,7 @@ def fit_more(
             generator=generator,
         )
     model.eval()
-    return Fit(history, held_rows(fold))
+    return Fit(history, held_rows(fold), fold[held_rows(fold)])
 
 
 # ---------------------------------------------------------------------- stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,9 +49,27 @@ def check_header(header: Mapping[str, Any]) -> None:
         claim(all(isinstance(v, (int, float)) for v in header[name]), f"{name} are no numbers")
     claim(len(header["score_quantiles"]) == 201, "there are not 201 score_quantiles")
     claim(len(header["column_nats"]) == d - header["num_given"], "column_nats do not fit")
+    _check_oddness(header.get("oddness"), d - header["num_given"])
     claim(set(header["history"]) == {"columns", "data"}, "history is no table")
     draws = header["params"].get("draws", 1)
     claim(_whole(draws) and 1 <= draws <= 10**6, "draws is no number of draws")
+
+
+def _check_oddness(held: Any, targets: int) -> None:
+    """Tails of row statistics and of targets: values, nats, a scale; older files lack them."""
+    if held is None:
+        return
+    claim(isinstance(held, list) and len(held) == 3 + targets, "oddness does not fit the columns")
+    for tail in held:
+        fits = isinstance(tail, list) and len(tail) == 3 and all(isinstance(p, list) for p in tail)
+        fits = fits and 1 <= len(tail[0]) == len(tail[1]) <= 256 and len(tail[2]) == 1
+        claim(
+            fits
+            and all(isinstance(v, (int, float)) and math.isfinite(v) for p in tail for v in p)
+            and tail[0] == sorted(tail[0])
+            and tail[2][0] > 0,
+            "oddness holds a tail that is none",
+        )
 
 
 def _check_mixed(header: Mapping[str, Any]) -> None:

@@ -488,7 +488,13 @@ class TableModel:
 
     @torch.no_grad()
     def conditional(
-        self, t: int, features: Tensor, state: State | None = None, *, atoms: bool = True
+        self,
+        t: int,
+        features: Tensor,
+        state: State | None = None,
+        *,
+        atoms: bool = True,
+        member: int | None = None,
     ) -> Any:
         """The distribution of target t for N rows, given the columns before it.
 
@@ -497,14 +503,18 @@ class TableModel:
             features: Shape (N, F).
             state: What the simple model has read.
             atoms: Whether point masses have their probability.
+            member: The network that speaks for the column; None for all of them.
         """
-        law = self._law(t, features, state, atoms)
+        law = self._law(t, features, state, atoms, member)
         region = self.regions.at.get(self.num_given + t)
         return law if region is None else restrict(law, region)
 
-    def _law(self, t: int, features: Tensor, state: State | None, atoms: bool) -> Labels | Numbers:
+    def _law(
+        self, t: int, features: Tensor, state: State | None, atoms: bool, member: int | None
+    ) -> Labels | Numbers:
         c, group, i = self.targets[t], self.group(t), self.specs[self.num_given + t].position
         rows = group.rows(self.members, i)
+        rows = rows if member is None else rows[member : member + 1]
         out = self.nets.selected(features.to(self.device), int(c.is_label), rows)
         out = self._floored(out, group, i).cpu()
         alpha, j, q = float(self.alpha[t]), self.num_given + t, self.mixture
