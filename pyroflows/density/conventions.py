@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
+from pyroflows.density.predict import label_names
+
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Conventions", "NotFittedError", "with_flow"]
+__all__ = ["Conventions", "NotFittedError", "when_fitted", "with_flow", "with_labels"]
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -34,6 +36,34 @@ class with_flow:  # noqa: N801 - a decorator
                 f"{self.method.__name__} needs a flow: DensityEstimator(flow='neural_spline')"
             )
         return self.method.__get__(estimator)
+
+
+class when_fitted:  # noqa: N801 - a decorator
+    """A method that an estimator has once it is fitted."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method, self.__doc__ = method, method.__doc__
+
+    def __get__(self, estimator: Any, kind: type | None = None) -> Any:
+        if estimator is None:
+            return self.method
+        if not hasattr(estimator, "engine_"):
+            name = f"{type(estimator).__name__}.{self.method.__name__}"
+            raise NotFittedError(f"{name} needs a model: call 'fit' with a table first")
+        return self.method.__get__(estimator)
+
+
+class with_labels(when_fitted):  # noqa: N801 - a decorator
+    """A method that it has, besides, only if some column that it models is a label."""
+
+    def __get__(self, estimator: Any, kind: type | None = None) -> Any:
+        method = super().__get__(estimator, kind)
+        if estimator is not None and not label_names(estimator.engine_):
+            raise AttributeError(
+                f"{self.method.__name__} needs a column of labels; "
+                f"{estimator.schema_.names} are none that the model predicts"
+            )
+        return method
 
 
 class Conventions:

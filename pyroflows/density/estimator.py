@@ -13,13 +13,20 @@ from torch import Tensor
 
 from pyroflows.density import files
 from pyroflows.density.cellwise import exact_model, score_columns
-from pyroflows.density.conventions import Conventions, NotFittedError, with_flow
+from pyroflows.density.conventions import (
+    Conventions,
+    NotFittedError,
+    when_fitted,
+    with_flow,
+    with_labels,
+)
 from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
 from pyroflows.density.explain import Explanation, calibrated, explain
 from pyroflows.density.flow_engine import FlowEngine
-from pyroflows.density.inputs import Inputs, check_settings, count, read_schema, weights
+from pyroflows.density.inputs import Evidence, Inputs, check_settings, count, read_schema, weights
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
+from pyroflows.density.predict import label_table, predicted, target_of
 from pyroflows.density.queries import (
     calibrate,
     imputed,
@@ -476,9 +483,7 @@ class DensityEstimator(Conventions):
         generator = self._generator(random_state)
         return self._wrapped(sampled(self._ready(), n, evidence, generator=generator, leave=leave))
 
-    def impute(
-        self, X: Any, n: int = 1, *, method: str = "draw", random_state: Any = None
-    ) -> Any:
+    def impute(self, X: Any, n: int = 1, *, method: str = "draw", random_state: Any = None) -> Any:
         """Fill in missing cells from their distribution given the row's observed ones.
 
         Several imputations are independent draws of all gaps of a row at once: an analysis run on
@@ -557,6 +562,57 @@ class DensityEstimator(Conventions):
         draws, evidence = count("draws", draws), self._inputs.given(given)
         generator = self._generator(random_state)
         return means(evidence, draws=draws, generator=generator)
+
+    # ------------------------------------------------------------------ predictions
+
+    @when_fitted
+    def predict(self, X: Any, target: Any = None, *, random_state: Any = None) -> pd.Series:
+        """One column given the other cells of each row.
+
+        The most probable label, or the conditional mean of a number (a median is ``quantile``).
+        Whatever X holds in that column is not looked at; missing cells are integrated out.
+
+        Args:
+            X: Rows, or conditions as :meth:`sample` takes them; columns may be absent.
+            target: The column; None for the only target of the model, the only one that X lacks,
+                or the last.
+            random_state: Seed, where means take draws; default the estimator's.
+
+        Returns:
+            Series of the column's type with the index of X (means of integers are floats).
+        """
+        target, evidence = self._without(X, target, label=False)
+        generator = self._generator(random_state)
+        return predicted(evidence, target, draws=self.draws, generator=generator)
+
+    @with_labels
+    def predict_proba(self, X: Any, target: Any = None) -> pd.DataFrame:
+        """Probabilities of the labels of one column given the other cells of each row.
+
+        Exact, by Bayes' rule over all labels; other missing cells are integrated out as in
+        :meth:`log_marginal`.
+
+        Args:
+            X: As for :meth:`predict`.
+            target: The label column; None for the only one that X lacks, or the last.
+
+        Returns:
+            One column a label, one row a row of X; rows sum to one.
+
+        Raises:
+            ValueError: If the column holds no labels.
+        """
+        target, evidence = self._without(X, target, label=True)
+        return label_table(evidence, target, draws=self.draws)
+
+    def _without(self, X: Any, target: Any, *, label: bool) -> tuple[Any, Evidence]:
+        """The column to predict, and the evidence of the others."""
+        engine = self._ready()
+        rows = X if isinstance(X, Mapping) else self._inputs.frame(X, partial=True)
+        target = target_of(engine, target, list(rows), label=label)
+        if isinstance(rows, Mapping):
+            return target, self._inputs.given({k: v for k, v in rows.items() if k != target})
+        return target, self._inputs.given(rows[[c for c in rows.columns if c != target]])
 
     # ------------------------------------------------------------------ the flow
 
