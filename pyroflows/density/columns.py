@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from pyroflows.tables import Column
 
 __all__ = ["Encoded", "LabelCells", "NumberCells", "cells_for"]
 
+NUMBERS = ("atoms", "loc", "scale", "bin_mass", "step", "anchor", "bounds")  # of NumberCells
 NEVER = -1e30  # stands for log 0 where -inf would spoil gradients
 POINT = 1e-8  # width in normal scores that stands for a point
 
@@ -23,7 +25,7 @@ POINT = 1e-8  # width in normal scores that stands for a point
 class Encoded(NamedTuple):
     """Cells, each of shape (N,): what the conditional densities need."""
 
-    cell: Tensor
+    bin: Tensor
     inside: Tensor
     upper: Tensor
     width: Tensor
@@ -38,28 +40,31 @@ class LabelCells(nn.Module):
         log_inside: Log-probability of the code inside its bin, shape (C,).
         bin_mass: Probabilities of the bins.
         log_unseen: Log-probability of a label that fitting did not see.
-        has_missing: Whether fitting saw missing cells.
+        missing_seen: Whether fitting saw missing cells.
     """
 
     is_label = True
 
     def __init__(
         self,
+        *,
         group: Tensor,
         log_inside: Tensor,
         bin_mass: Tensor,
         log_unseen: Tensor,
-        has_missing: Tensor,
+        missing_seen: Tensor,
     ) -> None:
         super().__init__()
-        for name, value in dict(
-            group=group,
-            log_inside=log_inside,
-            bin_mass=bin_mass,
-            log_unseen=log_unseen,
-            missing_seen=has_missing,
-        ).items():
-            self.register_buffer(name, value)
+        self.register_buffer("group", group)
+        self.register_buffer("log_inside", log_inside)
+        self.register_buffer("bin_mass", bin_mass)
+        self.register_buffer("log_unseen", log_unseen)
+        self.register_buffer("missing_seen", missing_seen)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> LabelCells:
+        """From what ``state_dict`` gave."""
+        return cls(**state)
 
     @property
     def num_bins(self) -> int:
@@ -92,13 +97,12 @@ class LabelCells(nn.Module):
         mass = np.bincount(group, freq)
         unseen = 1 / (seen.sum() + 2)
         inside = np.log(freq / mass[group]) + math.log1p(-unseen)
-        tensor = torch.as_tensor
         return cls(
-            tensor(group),
-            tensor(inside),
-            tensor(mass / mass.sum()),
-            torch.tensor(math.log(unseen), dtype=torch.float64),
-            torch.tensor(bool(len(held) < len(codes))),
+            group=torch.as_tensor(group),
+            log_inside=torch.as_tensor(inside),
+            bin_mass=torch.as_tensor(mass / mass.sum()),
+            log_unseen=float64(math.log(unseen)),
+            missing_seen=torch.tensor(bool(len(held) < len(codes))),
         )
 
     def encode(self, x: Tensor, *, lattice: bool = True) -> Encoded:
@@ -113,7 +117,7 @@ class LabelCells(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Indicators of the bins, and of a missing cell, shape (N, num_features)."""
-        cell = torch.where(x.isnan(), -1, self.encode(x).cell)
+        cell = torch.where(x.isnan(), -1, self.encode(x).bin)
         hot = F.one_hot(cell + 1, self.num_bins + 1)[:, 1:].float()
         return torch.cat([hot, x.isnan().float()[:, None]], 1) if self.missing_seen else hot
 
@@ -137,45 +141,44 @@ class NumberCells(nn.Module):
         atoms: Values of their own probability, shape (A,).
         loc: Center of the standardized copy that later columns see.
         scale: Its scale.
-        mass: Probabilities of the bins, atoms last.
+        bin_mass: Probabilities of the bins, atoms last.
         step: Recording step, 0 for none.
         anchor: A value on the lattice.
         bounds: Lower and upper end of the support.
         waves: Frequencies of the rank that later columns see; they let the networks learn sharp
             dependence early.
-        has_missing: Whether fitting saw missing cells.
+        missing_seen: Whether fitting saw missing cells.
     """
 
     is_label = False
 
     def __init__(
         self,
+        *,
         hist: Histogram,
         scores: NormalScores,
-        atoms: Tensor,
-        loc: Tensor,
-        scale: Tensor,
-        mass: Tensor,
-        step: Tensor,
-        anchor: Tensor,
-        bounds: Tensor,
         waves: Tensor,
-        has_missing: Tensor,
+        missing_seen: Tensor,
+        **numbers: Tensor,
     ) -> None:
         super().__init__()
         self.hist, self.scores = hist, scores
-        for name, value in dict(
-            atoms=atoms,
-            loc=loc,
-            scale=scale,
-            bin_mass=mass,
-            step=step,
-            anchor=anchor,
-            bounds=bounds,
-        ).items():
-            self.register_buffer(name, value.double())
+        if set(numbers) != set(NUMBERS):
+            raise TypeError(f"NumberCells expects {NUMBERS}; got {sorted(numbers)}")
+        for name in NUMBERS:
+            self.register_buffer(name, numbers[name].double())
         self.register_buffer("waves", waves)
-        self.register_buffer("missing_seen", has_missing)
+        self.register_buffer("missing_seen", missing_seen)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> NumberCells:
+        """From what ``state_dict`` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"hist": {}, "scores": {}, "": {}}
+        for name, tensor in state.items():
+            part, _, own = name.rpartition(".")
+            parts[part][own] = tensor
+        scores = NormalScores.from_state(parts["scores"])
+        return cls(hist=Histogram.from_state(parts["hist"]), scores=scores, **parts[""])
 
     @property
     def num_bins(self) -> int:
@@ -208,38 +211,25 @@ class NumberCells(nn.Module):
             regular = anchor + np.round((regular - anchor) / step) * step
         middle, spread = moments(regular)
         spread = max(spread or 1.0, step)
-        unit = unit_of(spread)
-        half = step / 2
-        low = -np.inf if column.lower is None else column.lower - half
-        high = np.inf if column.upper is None else column.upper + half
-        hist = Histogram.fit(
-            regular / unit,
-            step=step / unit or None,
-            lower=None if column.lower is None else column.lower / unit,
-            upper=None if column.upper is None else column.upper / unit,
-            max_bins=max_bins,
-        )
-        scores = NormalScores.fit(
-            regular / unit,
-            lower=None if column.lower is None else low / unit,
-            upper=None if column.upper is None else high / unit,
-        )
+        hist, scores = _smooth_parts(regular, column, unit_of(spread), max_bins)
+        low = -np.inf if column.lower is None else column.lower - step / 2
+        high = np.inf if column.upper is None else column.upper + step / 2
         count = np.array([seen[held == a].sum() for a in column.atoms], float) + 0.1
         share = max(float(seen[~atom].sum()), 0.1)
         mass = np.concatenate([hist.bin_mass.numpy() * share, count])
         waves = 0 if seen.sum() < 1000 else 3 if seen.sum() < 5000 else 6
         return cls(
-            hist,
-            scores,
-            float64(column.atoms),
-            float64(middle),
-            float64(spread),
-            float64(mass / mass.sum()),
-            float64(step),
-            float64(anchor),
-            float64([low, high]),
-            torch.arange(1, 1 + waves),
-            torch.tensor(bool(len(held) < len(values))),
+            hist=hist,
+            scores=scores,
+            atoms=float64(column.atoms),
+            loc=float64(middle),
+            scale=float64(spread),
+            bin_mass=float64(mass / mass.sum()),
+            step=float64(step),
+            anchor=float64(anchor),
+            bounds=float64([low, high]),
+            waves=torch.arange(1, 1 + waves),
+            missing_seen=torch.tensor(bool(len(held) < len(values))),
         )
 
     def atom(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -365,6 +355,26 @@ class NumberCells(nn.Module):
             return x.clamp(self.bounds[0], self.bounds[1])
         half = self.step / 2
         return self.snap(x.clamp(self.bounds[0] + half, self.bounds[1] - half))
+
+
+def _smooth_parts(
+    regular: np.ndarray, column: Column, unit: float, max_bins: int
+) -> tuple[Histogram, NormalScores]:
+    """Histogram and normal scores of regular values, which count in a unit."""
+    step = column.step or 0.0
+    lower, upper = column.lower, column.upper
+    hist = Histogram.fit(
+        regular / unit,
+        step=step / unit or None,
+        lower=None if lower is None else lower / unit,
+        upper=None if upper is None else upper / unit,
+        max_bins=max_bins,
+    )
+    return hist, NormalScores.fit(
+        regular / unit,
+        lower=None if lower is None else (lower - step / 2) / unit,
+        upper=None if upper is None else (upper + step / 2) / unit,
+    )
 
 
 def float64(x: Any) -> Tensor:

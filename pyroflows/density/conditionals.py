@@ -63,7 +63,7 @@ class Labels(Conditional):
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability of codes; an unknown one has that of all unseen labels."""
         e = self.cells.encode(x.reshape(-1))
-        cell = e.cell.view(_table(x))
+        cell = e.bin.view(_table(x))
         out = self.log_bins.gather(1, cell.clamp_min(0)) + e.inside.view_as(cell)
         return torch.where(cell < 0, self.cells.log_unseen, out).view_as(x)
 

@@ -97,4 +97,4 @@ def _scores(state: dict[str, Tensor], i: int) -> NormalScores:
     shapes = [(size,)] * 3 + [(2,)] * 2
     fits = all(tuple(state[n].shape) == s for n, s in zip(names, shapes, strict=True))
     claim(fits and size >= 2, f"tensors of marginal{i} do not fit each other")
-    return NormalScores(*(state[n] for n in names))
+    return NormalScores.from_state(state)

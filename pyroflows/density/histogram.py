@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -171,6 +172,11 @@ class Histogram(nn.Module):
             self.register_buffer(name, value.double())
         self.register_buffer("group", group.long())
         self._index()
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Histogram:
+        """From what ``state_dict`` gave."""
+        return cls(*(state[name] for name in ("edges", "mass", "group", "scale", "xi")))
 
     def _index(self) -> None:
         bins = int(self.group[-1]) + 1

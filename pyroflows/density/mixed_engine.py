@@ -13,12 +13,10 @@ from pyroflows.density.conditionals import Conditional
 from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
 from pyroflows.density.fitting import fit_mixed, fit_more
 from pyroflows.density.header import check_tensors
-from pyroflows.density.histogram import Histogram
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
 from pyroflows.density.particles import Uniforms, averages, complete
 from pyroflows.density.restricted import regions_of
-from pyroflows.density.scores import NormalScores
 from pyroflows.tables import Schema
 from pyroflows.tables.conditions import Condition
 from pyroflows.training.budget import Budget
@@ -177,38 +175,4 @@ def read_cells(tensors: Mapping[str, Tensor], count: int) -> list[LabelCells | N
         if name.startswith("cell"):
             place, _, key = name.removeprefix("cell").partition(".")
             parts[int(place)][key] = tensor
-    return [_cell(part) for part in parts]
-
-
-def _cell(state: dict[str, Tensor]) -> LabelCells | NumberCells:
-    if "group" in state:
-        return LabelCells(
-            state["group"],
-            state["log_inside"],
-            state["bin_mass"],
-            state["log_unseen"],
-            state["missing_seen"],
-        )
-    hist = {k[5:]: v for k, v in state.items() if k.startswith("hist.")}
-    scores = {k[7:]: v for k, v in state.items() if k.startswith("scores.")}
-    rest = [
-        state[k]
-        for k in (
-            "atoms",
-            "loc",
-            "scale",
-            "bin_mass",
-            "step",
-            "anchor",
-            "bounds",
-            "waves",
-            "missing_seen",
-        )
-    ]
-    return NumberCells(
-        Histogram(hist["edges"], hist["mass"], hist["group"], hist["scale"], hist["xi"]),
-        NormalScores(
-            scores["knots"], scores["scores"], scores["slopes"], scores["scale"], scores["xi"]
-        ),
-        *rest,
-    )
+    return [(LabelCells if "group" in part else NumberCells).from_state(part) for part in parts]

@@ -39,14 +39,14 @@ class Rows:
 
     Attributes:
         features: What the networks see, shape (N, F), float32.
-        cell: Bins of the targets, shape (T, N).
+        bin: Bins of the targets, shape (T, N).
         parts: inside, upper, width, offset of the targets, shape (4, T, N), float32.
         missing: Which target cells are missing, shape (T, N).
         raw: float64 values in model order, shape (N, D).
     """
 
     features: Tensor
-    cell: Tensor
+    bin: Tensor
     parts: Tensor
     missing: Tensor
     raw: Tensor
@@ -57,7 +57,7 @@ class Rows:
     def __getitem__(self, rows: Tensor | slice) -> Rows:
         return Rows(
             self.features[rows],
-            self.cell[:, rows],
+            self.bin[:, rows],
             self.parts[:, :, rows],
             self.missing[:, rows],
             self.raw[rows],
@@ -67,7 +67,7 @@ class Rows:
         """The network's inputs on a device; raw values stay."""
         return Rows(
             self.features.to(device),
-            self.cell.to(device),
+            self.bin.to(device),
             self.parts.to(device),
             self.missing.to(device),
             self.raw,
@@ -341,7 +341,7 @@ class TableModel:
         ]
         return Rows(
             self.features(raw),
-            torch.stack([e.cell for e in encoded]),
+            torch.stack([e.bin for e in encoded]),
             torch.stack([torch.stack(e[1:]) for e in encoded], 1).float(),
             raw[:, self.num_given :].T.isnan(),
             raw,
@@ -365,14 +365,14 @@ class TableModel:
         if not self.training:
             pairs = zip(out, self.groups, strict=True)
             out = [self._floored(o, group) if len(o) else o for o, group in pairs]
-        t_count, n = rows.cell.shape
+        t_count, n = rows.bin.shape
         log_p: list[Any] = [None] * t_count
         gone: list[Any] = [None] * t_count
         for group, o in zip(self.groups, out, strict=True):
             if not len(group):
                 continue
             which = group.targets
-            cell = rows.cell[which].clamp_min(0).repeat(self.members, 1)
+            cell = rows.bin[which].clamp_min(0).repeat(self.members, 1)
             inside, upper, width, offset = (p[which].repeat(self.members, 1) for p in rows.parts)
             if group.components:
                 o = o if atoms else self._without_atoms(o)
@@ -419,7 +419,7 @@ class TableModel:
         for i, c in enumerate(self.cells):
             e = c.encode(rows.raw[:, i])
             if i >= self.num_given:
-                log_p = q.log_prob(i, state, e.cell, e.upper, e.width, e.offset)
+                log_p = q.log_prob(i, state, e.bin, e.upper, e.width, e.offset)
                 # the mixture knows bins of labels only
                 out.append(log_p + e.inside if c.is_label else log_p)
             state = _read(q, i, e, rows.raw[:, i], state)
@@ -441,7 +441,7 @@ class TableModel:
             )
         for t, c in enumerate(self.targets):
             if c.is_label:
-                out[t] = torch.where(rows.cell[t] < 0, c.log_unseen, out[t])
+                out[t] = torch.where(rows.bin[t] < 0, c.log_unseen, out[t])
         out = torch.where(out < NEVER / 10, -torch.inf, out)
         pattern = torch.where(rows.missing, gone.log(), torch.log1p(-gone))
         return torch.where(rows.missing, 0.0, out), pattern
@@ -562,4 +562,4 @@ def _index_of(reads: list[list[int]], slices: list[slice]) -> tuple[Tensor, Tens
 def _read(q: MixedMixture, i: int, e: Encoded, x: Tensor, state: State) -> State:
     """The state after column i; missing cells and point masses tell the simple model nothing."""
     known = ~x.isnan() & (e.offset > NEVER / 10)
-    return q.update(i, state, e.cell, e.upper - e.width / 2, known)
+    return q.update(i, state, e.bin, e.upper - e.width / 2, known)

@@ -42,7 +42,7 @@ def start_rare(model: TableModel, values: Tensor, weight: Tensor, budget: Budget
     for i, c in enumerate(model.cells):
         if not c.is_label:
             continue
-        codes = torch.where(rows.raw[:, i].isnan(), -1, c.encode(rows.raw[:, i]).cell)
+        codes = torch.where(rows.raw[:, i].isnan(), -1, c.encode(rows.raw[:, i]).bin)
         for b in range(c.num_bins):
             mine = weight * (codes == b)
             if budget.over(0.33):
@@ -76,8 +76,8 @@ def _start_given(
                 skip[:, :k], skip[:, k : 2 * k] = 4.0, shift  # logistics rather than bins
             continue
         mass = model.targets[t].bin_mass.double()
-        known = ~rows.missing[t] & (rows.cell[t] >= 0)
-        seen = torch.zeros_like(mass).index_add_(0, rows.cell[t][known], mine[known])
+        known = ~rows.missing[t] & (rows.bin[t] >= 0)
+        seen = torch.zeros_like(mass).index_add_(0, rows.bin[t][known], mine[known])
         error = (seen - count * mass).abs() / (count * mass).clamp_min(0.5).sqrt()
         if error.max() > 4:
             ratio = ((seen + mass) / (seen.sum() + 1)).log() - mass.log()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,11 @@ class NormalScores(Bijection):
             knots=knots, scores=scores, slopes=slopes, scale=scale, xi=shape
         ).items():
             self.register_buffer(name, value.double())
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> NormalScores:
+        """From what ``state_dict`` gave."""
+        return cls(*(state[name] for name in ("knots", "scores", "slopes", "scale", "xi")))
 
     def _forward_and_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         s, (out, log_slope) = x, self._inside(x, inverse=True)

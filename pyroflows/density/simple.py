@@ -58,7 +58,7 @@ def _views(model: TableModel, values: Tensor) -> tuple[Tensor, Tensor]:
         x = values[:, i]
         e = c.encode(x)
         if c.is_label:
-            labels.append(torch.where(x.isnan(), -1, e.cell))
+            labels.append(torch.where(x.isnan(), -1, e.bin))
         else:
             known = ~x.isnan() & (e.offset > NEVER / 10)
             numbers.append(torch.where(known, e.upper - e.width / 2, torch.nan))
@@ -124,7 +124,7 @@ def blend_weights(
             odds = _pattern(model, rows[at])
             net[:, at] = terms[m][:, at] - odds[m]
             simple[:, at] = model.mixture_log_prob(rows[at], parts[m])
-    known = (~rows.missing & (rows.cell >= 0)) * held.weight.double()
+    known = (~rows.missing & (rows.bin >= 0)) * held.weight.double()
     alpha = torch.full((t, 1), 0.5, dtype=torch.float64)
     for _ in range(200):
         share = torch.sigmoid(alpha.log() - torch.log1p(-alpha) + simple - net) * known

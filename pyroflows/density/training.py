@@ -72,13 +72,13 @@ class HeldOut:
 
 def _loss(model: TableModel, rows: Rows, weight: Tensor) -> Tensor:
     """Mean over rows of minus the sum over columns and members; weights of shape (M, N)."""
-    return -_column_terms(model, rows).mul(weight[:, None]).sum() / rows.cell.shape[1]
+    return -_column_terms(model, rows).mul(weight[:, None]).sum() / rows.bin.shape[1]
 
 
 def _column_terms(model: TableModel, rows: Rows) -> Tensor:
     """Log-likelihood of cells and of their pattern under each network, shape (M, T, N)."""
     log_p, odds = model.net_log_prob(rows)
-    known = ~rows.missing & (rows.cell >= 0)
+    known = ~rows.missing & (rows.bin >= 0)
     log_p = torch.where(known, log_p, 0.0)
     sign = torch.where(rows.missing, 1.0, -1.0)
     pattern = torch.nn.functional.logsigmoid(sign * odds)
