@@ -46,8 +46,9 @@ class Container:
             return table.cast(pa.schema([self._field(f) for f in table.schema]))
         import polars as pl
 
-        out = pl.from_arrow(table)
-        labels = [n for n in out.columns if out.schema[n] in (pl.String, pl.Categorical)]
+        out: Any = pl.from_arrow(table)
+        texts: Any = pl.String, pl.Categorical
+        labels = [name for name, kind in out.schema.items() if kind in texts]
         return out.with_columns(pl.col(n).cast(self.types[n]) for n in labels if n in self.types)
 
     def _field(self, field: Any) -> Any:
@@ -189,7 +190,7 @@ def _in_kind(method: Callable[..., Any]) -> Callable[..., Any]:
             self._container = came or Container()
             return out
         asked = getattr(self, "_output", None)
-        known = came or getattr(self, "_container", Container())
+        known: Container = came or getattr(self, "_container", None) or Container()
         if asked in ("polars", "pyarrow") and known.library != container_named(asked).library:
             known = container_named(asked)
         elif asked == "pandas":
