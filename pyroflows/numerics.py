@@ -99,6 +99,7 @@ def monotone_inverse(
     low: Tensor | float,
     high: Tensor | float,
     num_steps: int | None = None,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     r"""Solve f(x) = y elementwise for an increasing f, with exact derivatives up to the third.
 
@@ -122,6 +123,8 @@ def monotone_inverse(
         low: Lower end of the bracket, broadcastable to ``y``.
         high: Upper end of the bracket, broadcastable to ``y``.
         num_steps: Iterations at most; by default 96 in double precision, else 48.
+        rounding: Error of ``forward`` in units of ε (1 + \|y\|): a value as near to ``y`` will not
+            be improved. Where it is above that of a single operation, 0 wastes half of the steps.
 
     Returns:
         ``x`` and ``log f'(x)``, both of the shape of ``y``.
@@ -137,6 +140,7 @@ def monotone_inverse(
         a = torch.where(finite, low, -torch.ones_like(y))
         b = torch.where(finite, high, torch.ones_like(y))
         x, step = a + (b - a) / 2, b - a
+        enough = rounding * eps * (1 + target.abs())
         for k in range(num_steps):
             value, log_slope = forward(x)
             residual = value - target
@@ -145,6 +149,8 @@ def monotone_inverse(
             # False for NaN: bisect.
             good = (newton >= a) & (newton <= b) & (2 * (newton - x).abs() <= step.abs())
             new = torch.where(good, newton, a + (b - a) / 2)
+            if rounding:
+                new = torch.where(residual.abs() <= enough, x, new)
             x, step = new, new - x
             if can_stop and (k + 1) % look_every == 0:
                 if bool((step.abs() <= 2 * eps * x.abs()).all()):
