@@ -150,7 +150,7 @@ def test_prefit_finds_an_ill_conditioned_gaussian(method):
     target = Target(log_prob, torch.float64)
     if method == "batch-and-match":
         unit = Gaussian(start, torch.eye(len(loc)).double())
-        found = batch_and_match(target, unit, num_steps=300, tol=1e-8).rate(target)
+        found = batch_and_match(target, unit, num_steps=300, tol=1e-8).with_elbo(target)
         assert found.elbo > -10
         return
     found = laplace(target, start) if method == "Laplace" else prefit(log_prob, start)[0]

@@ -61,6 +61,7 @@ class AmortizedFlow(SavedGuide):
 
     References:
         Kingma, Welling (2014), Auto-encoding variational Bayes. arXiv:1312.6114
+
         Rezende, Mohamed (2015), Variational inference with normalizing flows. arXiv:1505.05770
     """
 

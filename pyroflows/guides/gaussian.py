@@ -39,8 +39,8 @@ class Gaussian:
     elbo: float = -math.inf
     method: str = ""
 
-    def rate(self, log_density: Callable[[Tensor], Tensor], num: int = 256) -> Gaussian:
-        r"""Set ``elbo``, from ``num`` quasi-random points.
+    def with_elbo(self, log_density: Callable[[Tensor], Tensor], num: int = 256) -> Gaussian:
+        r"""Set ``elbo`` and return itself, from ``num`` quasi-random points.
 
         With points of no finite density it is
         :math:`E_q[\log p - \log q \mid \text{finite}] + 10 \log q(\text{finite})`: a bound too,

@@ -297,7 +297,7 @@ def find_mixture(
         if len(known) >= num_modes or target.spent:
             break
         if all(_apart(target, mode, g.loc) for g in known):
-            known = _distinct(target, [laplace(target, mode).rate(target)], known)
+            known = _distinct(target, [laplace(target, mode).with_elbo(target)], known)
     best = max(g.elbo for g in known)
     known = [g for g in known if g.elbo > best - 10.0]
     if len(known) < 2:

@@ -127,13 +127,13 @@ def find_modes(
 
 
 def _gaussian_at(density: LatentDensity, mode: Tensor) -> tuple[Gaussian, int]:
-    """The Gaussian at a mode, rated, and the gradients that it took."""
+    """The Gaussian at a mode with its ELBO, and the gradients that it took."""
     if len(mode) > _FULL_RANK_UP_TO:
         best, _, count = prefit(density, mode.to(density.init_loc), full_rank=False)
         return best, count
     target = Target(density, density.init_loc.dtype)
     gaussian = laplace(target, mode)
-    return gaussian.rate(target), target.num_gradients
+    return gaussian.with_elbo(target), target.num_gradients
 
 
 def _radius(dim: int) -> float:

@@ -31,24 +31,24 @@ def _near(u: Tensor, gaussian: Gaussian) -> bool:
 
 
 class _Candidates:
-    """Gaussians rated one after the other; one that fails is noted, and the next is tried."""
+    """Gaussians and their ELBOs, one after the other; one that fails is noted, and the next tried."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.found: list[Gaussian] = []
         self.failures: list[Exception] = []
 
-    def consider(
+    def attempt(
         self, make: Callable[..., Gaussian], *args: Any, **kwargs: Any
     ) -> Gaussian | None:
-        """Make a Gaussian and rate it; None if it fails, or there is no budget left to try."""
+        """Make a Gaussian and its ELBO; None if it fails, or no budget is left to try."""
         if self.target.spent and self.found:
             return None
         try:
             candidate = make(*args, **kwargs)
             if not (candidate.loc.isfinite().all() and candidate.scale_tril.isfinite().all()):
                 return None
-            self.found.append(candidate.rate(self.target))
+            self.found.append(candidate.with_elbo(self.target))
         except (RuntimeError, ValueError, ArithmeticError) as error:
             self.failures.append(error)
             return None
@@ -105,16 +105,16 @@ def prefit(
     fit: dict[str, Any] = {"num_steps": num_steps, "batch_size": batch_size}
     if full_rank:
         start = Gaussian(loc, torch.eye(len(loc)).to(loc), method="initial point")
-        candidates.consider(lambda: start)
-        candidates.consider(batch_and_match, target, start, **fit)
+        candidates.attempt(lambda: start)
+        candidates.attempt(batch_and_match, target, start, **fit)
         spread = 2 * torch.tanh(normal_points(num_starts, len(loc), like=loc, seed=1))
         starts = loc + torch.cat([torch.zeros_like(spread[:1]), spread[1:]])
         _around_modes(candidates, climb(target, starts), num_modes, fit)
     else:
         start = Gaussian(loc, torch.ones_like(loc), method="initial point")
-        candidates.consider(lambda: start)
-        candidates.consider(diagonal_match, target, start, **fit)
-        candidates.consider(
+        candidates.attempt(lambda: start)
+        candidates.attempt(diagonal_match, target, start, **fit)
+        candidates.attempt(
             lambda: diagonal_match(
                 target, Gaussian(lbfgs(target, loc), torch.ones_like(loc)), **fit
             )
@@ -129,9 +129,9 @@ def _around_modes(
     target, laplaces = candidates.target, list[Gaussian]()
     for mode in modes:
         if len(laplaces) < num_modes and not any(_near(mode, g) for g in laplaces):
-            found = candidates.consider(laplace, target, mode)
+            found = candidates.attempt(laplace, target, mode)
             laplaces += [found] if found else []
     for best in sorted(laplaces, key=lambda c: -c.elbo)[:1]:
-        matched = candidates.consider(batch_and_match, target, best, **fit)
+        matched = candidates.attempt(batch_and_match, target, best, **fit)
         if matched:
             matched.method = "batch-and-match from Laplace"
