@@ -31,7 +31,7 @@ def _near(u: Tensor, gaussian: Gaussian) -> bool:
 
 
 class _Candidates:
-    """Gaussians and their ELBOs, one after the other; one that fails is noted, and the next tried."""
+    """Gaussians and their ELBOs, one after the other; one that fails is noted."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
