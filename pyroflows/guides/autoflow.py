@@ -14,21 +14,20 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
-from torch.distributions import Transform
 
 from pyroflows import store
 from pyroflows.bijection import Bijection
-from pyroflows.compose import Compose, as_bijection
+from pyroflows.compose import Compose
 from pyroflows.guides.gaussian import Gaussian, normal_points
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.legacy import upgrade_pickle, upgrade_state
 from pyroflows.guides.local import LocalNormals
-from pyroflows.guides.mixture import Mixture, MixtureNoise, Noise
+from pyroflows.guides.mixture import Mixture, Noise
+from pyroflows.guides.posterior import FlowPosterior, make_flow
 from pyroflows.guides.prefit import prefit
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.guides.sites import Placed, Sites
 from pyroflows.guides.transport import Whitening, make_transport, start_vector
-from pyroflows.recipes.posteriors import posterior_flow
 
 __all__ = ["AutoFlow"]
 
@@ -57,7 +56,8 @@ class AutoFlow(SavedGuide, AutoContinuous):
     Args:
         model: The model. Its latents must be continuous; supports may depend on other sites.
         flow: Callable ``latent_dim -> Bijection``, transform, list of these or Flow; or the name
-            of one of :mod:`pyroflows.recipes`; None for the default, :func:`posterior_flow`.
+            of one of :mod:`pyroflows.recipes`; None for the default,
+            :func:`~pyroflows.recipes.posteriors.posterior_flow`.
             From noise, which is standard normal, to latents.
         init_loc_fn: Initial value of each site; see :mod:`pyro.infer.autoguide.initialization`.
         init_scale: Initial standard deviation of each unconstrained latent.
@@ -131,7 +131,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
 
     def _make_transport(self, loc: Tensor) -> None:
         full_rank = len(loc) <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
-        flow = _make_flow(self._flow, len(loc))
+        flow = make_flow(self._flow, len(loc))
         transport = make_transport(flow, loc, init_scale=self._init_scale, full_rank=full_rank)
         self._parameters["packed"] = transport[0].release()  # not what the store has of that name
         self._modules.update(transport=transport, noise=Noise(loc))
@@ -513,51 +513,3 @@ def _modules_of(flow: Any, loc: Tensor, full_rank: bool) -> dict[str, nn.Module]
     transport = make_transport(flow, loc, full_rank=full_rank)
     transport[0].release()
     return {"transport": transport, "noise": Noise(loc)}
-
-
-class FlowPosterior(dist.TransformedDistribution):
-    """A flow's distribution, with mean and variance from 4,097 quasi-random points."""
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        base = self.base_dist.mean
-        z = normal_points(2048, base.shape[-1], like=base)
-        x = torch.cat([z, torch.zeros_like(z[:1]), -z])
-        if isinstance(self.base_dist, MixtureNoise):
-            x = self.base_dist.mixture.points(x)
-        for transform in self.transforms:
-            x = transform(x)
-        mean = x.mean(0)
-        return mean.expand(self.shape()), (x - mean).square().mean(0).expand(self.shape())
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean, shape ``(*batch, D)``."""
-        return self._moments()[0]
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of each coordinate, shape ``(*batch, D)``."""
-        return self._moments()[1]
-
-
-def _make_flow(flow: Callable[[int], Any] | str | None, latent_dim: int) -> Bijection:
-    if flow is None:
-        return posterior_flow(latent_dim)
-    if isinstance(flow, str):
-        from pyroflows import recipes
-
-        if flow not in recipes.__all__:
-            raise ValueError(
-                f"AutoFlow: flow must be one of {sorted(recipes.__all__)}; got {flow!r}"
-            )
-        made = getattr(recipes, flow)(latent_dim)
-    else:
-        made = flow(latent_dim)
-    if any(True for _ in getattr(made, "base", nn.Module()).parameters()):
-        raise ValueError(
-            "AutoFlow: the flow's base must be the standard normal; got a learnable one"
-        )
-    made = getattr(made, "transform", made)
-    if isinstance(made, Transform):
-        return as_bijection(made)
-    return Compose(list(made))

@@ -76,8 +76,8 @@ def upgrade_layouts(state: dict[str, Any]) -> dict[str, Any]:
         local.sites = Sites(Site.of(message) for message in local.sites.values())
     if supports is not None:
         state = {**state, "_nesting": supports.nesting}
-    gone = ("_model_supports", "local_sites")
-    kept = {name: value for name, value in state.items() if name not in gone}
+    dropped = ("_model_supports", "local_sites")
+    kept = {name: value for name, value in state.items() if name not in dropped}
     return {**kept, "_plate_sizes": PlateSizes()}
 
 

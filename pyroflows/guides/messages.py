@@ -84,8 +84,8 @@ def masked_out(site: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None
     for mask, batch in masks:
         if mask is None or mask is True:
             continue
-        gone = ~torch.as_tensor(mask, device=value.device).broadcast_to(batch)
-        out = out | gone.reshape(batch + (1,) * (value.dim() - len(batch)))
+        masked = ~torch.as_tensor(mask, device=value.device).broadcast_to(batch)
+        out = out | masked.reshape(batch + (1,) * (value.dim() - len(batch)))
     if not out.any():
         return None
     if out.shape != shape:  # a simplex, say: it has its prior as a whole

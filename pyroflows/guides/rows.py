@@ -96,9 +96,9 @@ class _Rows(Messenger):
         for name in inside:
             plate = chosen[name]
             msg["scale"] = msg["scale"] * plate.size / plate.full_size
-            fresh = plate.block(numbers[name])[1]
-            if not fresh.all() and msg["mask"] is not False:
-                rows = fresh.reshape((-1,) + (1,) * (-plate.dim - 1))
+            unseen = plate.block(numbers[name])[1]
+            if not unseen.all() and msg["mask"] is not False:
+                rows = unseen.reshape((-1,) + (1,) * (-plate.dim - 1))
                 msg["mask"] = rows if msg["mask"] is None else rows & msg["mask"]
 
 
@@ -270,8 +270,8 @@ class WholeDensity(LatentDensity):
             return full
         rows = [torch.arange(n) for n in part.shape]
         for name, axis in axes.items():
-            index, fresh = plates[name].block(numbers[name])
-            part, rows[axis] = part.index_select(axis, fresh.nonzero().flatten()), index[fresh]
+            index, unseen = plates[name].block(numbers[name])
+            part, rows[axis] = part.index_select(axis, unseen.nonzero().flatten()), index[unseen]
         where = [r.reshape([-1] + [1] * (full.dim() - 1 - a)) for a, r in enumerate(rows)]
         full[tuple(where)] = part
         return full
