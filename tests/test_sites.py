@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch.distributions import biject_to, constraints
 
+from pyroflows import AutoFlow
 from pyroflows.guides.batching import Route
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.sites import Placed, Sites
@@ -132,3 +133,22 @@ def test_routes_are_named_and_tried_in_order():
     for route in Route:
         found = route.batched(lambda point: point.sum(-1))(u)
         torch.testing.assert_close(found, u.sum(-1))
+
+
+def test_guide_and_density_share_a_layout():
+    def fixed():
+        with pyro.plate("rows", 3):
+            shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+            pyro.sample("y", dist.Normal(shares[..., 0], 1.0), obs=Y[:3])
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+
+    guide = AutoFlow(fixed).setup()
+    sites, density = guide.flow_sites, guide.density()
+    layout = [(s.name, s.part, s.shape, s.value_shape) for s in sites]
+    assert layout == [(s.name, s.part, s.shape, s.value_shape) for s in density.sites]
+    assert sites.dim == guide.latent_dim == 3 * 2 + 1
+    u = torch.randn(4, sites.dim)
+    values = density.constrain(u)
+    again, log_det = sites.unconstrain(values)
+    torch.testing.assert_close(again, u, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_det, density.log_jacobian(u), atol=1e-4, rtol=1e-4)
