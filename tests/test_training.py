@@ -148,3 +148,15 @@ def test_losses_are_those_recorded():
     )  # fmt: skip
     assert history.train_loss == pytest.approx([3.898827744, 3.057080269, 2.700555563], rel=1e-5)
     assert history.valid_loss == pytest.approx([3.295071385, 2.777754673, 2.673314723], rel=1e-5)
+
+
+def test_warnings_point_at_the_call():
+    x, _ = correlated(100)
+    flow = pf.realnvp(2, num_transforms=2, hidden_dims=[8])
+    pf.fit(flow, x, num_epochs=1, progress=False)
+    with pytest.warns(UserWarning, match="standard deviations from") as unlike:
+        pf.fit(flow, 30 * x, num_epochs=1, progress=False)
+    with pytest.warns(UserWarning, match="features .1. of x are constant") as constant:
+        flow = pf.realnvp(2, num_transforms=2, hidden_dims=[8])
+        pf.fit(flow, x * torch.tensor([1.0, 0.0]), num_epochs=1, progress=False)
+    assert {w.filename for w in [*unlike, *constant]} == {__file__}

@@ -449,11 +449,11 @@ def _failure(history: History) -> str | None:
     what = f"in {skipped} of {tried} steps loss or gradient was not finite"
     advice = "look for extreme rows, lower lr, or pass standardize=True"
     if tried and skipped == tried:
-        return f"fit: {what}; the flow is as it was. {advice.capitalize()}"
+        return f"fit: {what}; the flow is as it was; {advice}"
     if history.valid_loss and not math.isfinite(history.best_valid_loss):
-        return f"fit: no state had a finite validation loss; the flow is as it was. {advice}"
+        return f"fit: no state had a finite validation loss; the flow is as it was; {advice}"
     if 2 * skipped > tried:
-        warnings.warn(f"fit: {what}; {advice}", stacklevel=3)
+        warnings.warn(f"fit: {what}; {advice}", stacklevel=5)
     return None
 
 

@@ -172,7 +172,7 @@ def part_rows(
         warnings.warn(
             f"fit: features {which[:8]} of x are constant, where no density is the best: leave "
             "them out, or add noise of the size of their resolution",
-            stacklevel=3,
+            stacklevel=6,
         )
     return train, held
 

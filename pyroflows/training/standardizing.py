@@ -82,5 +82,5 @@ def _check_units(units: Units, rows: Tensor, weight: Tensor | None, name: str) -
             f"fit: {name} lies up to {float(shift.abs().max()):.3g} standard deviations from, and "
             f"varies up to {float(ratio.max()):.3g} times as much as, the rows by which the flow "
             "was standardized; flow.standardize(x, context) sets it anew, before fitting",
-            stacklevel=4,
+            stacklevel=8,
         )
