@@ -144,7 +144,7 @@ def _label_tail(law: Labels, log_p: Tensor) -> Tensor:
 def _log_marginal(c: NumberCells, x: Tensor) -> Tensor:
     """Log-density of the column's histogram and atoms."""
     e = c.encode(x)
-    return c.bin_mass[e.cell].log() + e.inside
+    return c.bin_mass[e.bin].log() + e.inside
 
 
 def stranger(c: LabelCells | NumberCells, x: Tensor, odd: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def stranger(c: LabelCells | NumberCells, x: Tensor, odd: Tensor) -> Tensor:
         odd: Their surprise in nats.
     """
     if isinstance(c, LabelCells):
-        out = c.encode(x).cell < 0
+        out = c.encode(x).bin < 0
     else:
         f = c.hist.cdf(x.nan_to_num(float(c.loc)) / c.unit)
         out = (2 * torch.minimum(f, 1 - f) < STRANGE) & (odd > -math.log(STRANGE))
