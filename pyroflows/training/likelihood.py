@@ -260,7 +260,11 @@ class _Run:
                 self._train()
                 self._conclude()
         except BaseException:
-            self._restore()
+            try:
+                if self.held is None and self.steps.count:
+                    self._offer(len(self.history.records) - 1)
+            finally:
+                self._restore()
             raise
         failure = _failure(self.history)
         self._restore(start=failure is not None)
