@@ -158,11 +158,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
     @property
     def transport(self) -> Compose:
         """The map from noise to unconstrained latents: a packed flow, then a fixed affine map."""
-        vector, held = self.vector, self.__dict__.get("_whole")
-        if held is None or held[0] is not vector:
-            packed, whitening = self._modules["transport"]
-            held = self.__dict__["_whole"] = (vector, Compose([packed.at(vector), whitening]))
-        return held[1]
+        return self._whole()[0]
 
     @property
     def has_default_flow(self) -> bool:
@@ -172,7 +168,16 @@ class AutoFlow(SavedGuide, AutoContinuous):
     @property
     def whitening(self) -> Whitening:
         """The fixed part of the map, which a pre-fit sets."""
-        return self._modules["transport"][1]
+        return self._whole()[1]
+
+    def _whole(self) -> tuple[Compose, Whitening]:
+        """The map with its vector, made once, and its fixed part."""
+        key, held = (self.vector, self.training), self.__dict__.get("_made")
+        if held is None or held[0][0] is not key[0] or held[0][1] is not key[1]:
+            packed, whitening = self._modules["transport"]
+            whole = Compose([packed.at(self.vector), whitening])
+            held = self.__dict__["_made"] = (key, (whole, whitening))
+        return held[1]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Bijection:
         """The map from noise to unconstrained latents, with the present parameters."""
@@ -494,7 +499,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
 
     def _whole_state(self) -> dict[str, Any]:
         state = super()._whole_state()
-        for memory in ("_whole", "_posterior", "_claimed"):
+        for memory in ("_made", "_posterior", "_claimed"):
             state.pop(memory, None)
         return state
 

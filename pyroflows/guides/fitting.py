@@ -99,11 +99,25 @@ class Options:
     iwae: bool
     temperature: float
     max_gradients: int
-    budget: Budget
+    max_time: float | None
     progress: bool
     callback: Callable[[int, float], object] | None
     callbacks: Sequence[Callback]
     optimizer: Optimize | None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "num_particles",
+            "temperature",
+            "lr",
+            "max_gradients",
+            "max_time",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"fit_guide: {name} must be positive; got {value}")
+        self.budget = Budget(self.max_time)
 
     def steps(
         self, groups: list[dict[str, Any]], most: int, result: FitResult, *, window: int = 0
@@ -219,30 +233,23 @@ def fit_guide(
         and step-size on flow VI. arXiv:2412.08824
     """
     kwargs = {**kwargs, **(model_kwargs or {})}
-    positive = {
-        "num_steps": num_steps,
-        "num_particles": num_particles,
-        "temperature": temperature,
-        "lr": lr,
-        "max_gradients": max_gradients,
-        "max_time": max_time,
-    }
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"fit_guide: {name} must be positive; got {value}")
     result, begun = FitResult(), time.process_time()
     options = Options(
-        num_steps,
-        num_particles,
-        (0.002 if iwae else 0.01) if lr is None else lr,
-        iwae,
-        temperature,
-        max_gradients or (_MOST_GRADIENTS if num_steps is None else 2**62),
-        Budget(max_time),
-        progress,
-        callback,
-        [callbacks] if callable(callbacks) else list(callbacks),
-        optimizer,
+        num_steps=num_steps,
+        num_particles=num_particles,
+        lr=(0.002 if iwae else 0.01) if lr is None else lr,
+        iwae=iwae,
+        temperature=temperature,
+        max_gradients=(
+            (_MOST_GRADIENTS if num_steps is None else 2**62)
+            if max_gradients is None
+            else max_gradients
+        ),
+        max_time=max_time,
+        progress=progress,
+        callback=callback,
+        callbacks=[callbacks] if callable(callbacks) else list(callbacks),
+        optimizer=optimizer,
     )
     with seeded(seed):
         if isinstance(guide, SavedGuide):
