@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyroflows.plots_quality import MODEL, REAL, explanation, quality
+from pyroflows.plots_quality import pyplot as _pyplot
 from pyroflows.tables import as_frame
 from pyroflows.training.history import History
 
@@ -21,14 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "conditional_density",
+    "explanation",
     "marginals",
     "pair_plot",
     "pit_plot",
     "qq_plot",
+    "quality",
     "training_curve",
 ]
 
-REAL, MODEL = "#4c4c4c", "#d1495b"
 DAY = 86400.0  # seconds
 TICKS = [
     m * unit
@@ -40,14 +43,6 @@ TICKS = [
     )
     for m in times
 ]
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'pyroflows[plots]'") from error
-    return plt
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -27,6 +27,7 @@ from pyroflows.density.inputs import Evidence, Inputs, check_settings, count, re
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
 from pyroflows.density.predict import label_table, predicted, target_of
+from pyroflows.density.quality import Report, compare, drawn_like
 from pyroflows.density.queries import (
     calibrate,
     imputed,
@@ -666,6 +667,29 @@ class DensityEstimator(Conventions):
         earlier columns.
         """
         return summary(self._ready(), self._column_nats)
+
+    def report(
+        self, real: Any, synthetic: Any = None, *, train: Any = None, random_state: Any = None
+    ) -> Report:
+        """How good samples are, beside real rows: see :func:`pyroflows.density.quality.compare`.
+
+        Two-sample AUC, distances of columns and pairs, nats, copies of training rows; of at most
+        20,000 rows.
+
+        Args:
+            real: A table of the columns of the fit, best rows that it did not see.
+            synthetic: Rows of any other origin; default draws of this model.
+            train: The rows of the fit, so that copies of them are seen; default half of ``real``.
+            random_state: Seed; default the estimator's.
+        """
+        frame, seed = self._inputs.frame(real), self._seed(random_state)
+        keys = [c.name for c in self.schema_ if c.kind == "key"]
+        if synthetic is None:
+            few = frame.sample(min(len(frame), 20000), random_state=seed % 2**31)
+            synthetic = drawn_like(self, few, seed)
+        tables = [as_frame(t).drop(columns=keys) for t in (frame, synthetic)]
+        train = None if train is None else self._inputs.frame(train)
+        return compare(*tables, train=train, nats=self.score(frame.head(20000)), seed=seed)
 
     def distribution(self) -> dist.TorchDistribution:
         """The joint density of number targets as a Pyro distribution over vectors.
