@@ -57,7 +57,7 @@ class Packed(Bijection):
 
     Attributes:
         vector: The parameter, shape ``(P,)``; None if the bijection has none.
-        initial: Its value at the start; shape ``(P,)``.
+        initial: Its value at the start, shape ``(P,)``, which no state holds; None as well.
 
     Raises:
         ValueError: If the parameters are not of one dtype on one device.
@@ -72,8 +72,9 @@ class Packed(Bijection):
         super().__init__(bijection.event_shape, context_dim=bijection.context_dim)
         self.bijection = bijection
         self.groups, found = _take_out(bijection, units or {})
-        self.initial = torch.cat(found) if found else torch.zeros(0)
-        vector = nn.Parameter(self.initial.clone()) if found else None
+        initial = torch.cat(found) if found else None
+        self.register_buffer("initial", initial, persistent=False)
+        vector = None if initial is None else nn.Parameter(initial.clone())
         self.register_parameter("vector", vector)
 
     # ------------------------------------------------------------------------- the vector
