@@ -1,6 +1,7 @@
 """A file imports only from its own floor and those below: the plan, read off the imports."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -181,3 +182,56 @@ def test_applications_stand_on_the_house(application, needs):
         for name, _, _ in inside(path)
     }
     assert needs <= used, f"{application} does without {sorted(needs - used)}"
+
+
+# Names with an underscore that are not ours: Python's, torch's and Pyro's own.
+FOREIGN = {
+    "_C", "_base", "_buffers", "_constraints", "_current_level", "_foreach_lerp_", "_functorch",
+    "_are_functorch_transforms_active", "_get_tracing_state", "_linear_pointwise", "_mask",
+    "_modules", "_non_persistent_buffers_set", "_param_to_name", "_parameters", "_params",
+    "_pyro_dims", "_setup_prototype", "_stack", "_validate_args", "_version",
+}  # fmt: skip
+# What anyone may ask of a bijection: the maps that a subclass writes, without memory and checks.
+PROTOCOL = {"_forward_and_log_det", "_inverse_and_log_det", "_map_shape", "_move", "_step"}
+# What bijections ask of each other, in the files that make them.
+AMONG_BIJECTIONS = {"_context", "_evaluate", "_event_dim", "_image", "_inverse_ref", "_once"}
+BIJECTIONS = {"bijection", "compose", "flow", "memory", "packed", "transforms"}
+# Everything else: at most 15 places, each with its reason.
+MADE = "a constructor fills the object that it has just made"
+FILE = "a file of an estimator holds what its parameters do not show"
+REACHES = {
+    ("memory", "_entry"): "the memory is a part of a bijection that has a file of its own",
+    ("density.files", "_column_nats"): FILE,
+    ("density.files", "_names"): FILE,
+    ("density.files", "_score_quantiles"): FILE,
+    ("density.files", "_settings"): FILE,
+    ("tables.columns", "_change"): MADE,
+    ("tables.columns", "_read_labels"): MADE,
+    ("tables.columns", "_read_numbers"): MADE,
+    ("tables.schema", "_relate"): MADE,
+}
+
+
+def reaches(path):
+    """Every ``thing._name`` of a file in which the thing is not the object or class itself."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Attribute) and re.fullmatch("_[^_].*", node.attr)):
+            continue
+        match node.value:
+            case ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super")):
+                continue
+        yield node.attr, node.lineno
+
+
+def test_no_file_reaches_into_another_object():
+    wrong, permitted = [], []
+    for module, path in MODULES.items():
+        known = FOREIGN | PROTOCOL
+        known |= AMONG_BIJECTIONS if first_word(module) in BIJECTIONS else set()
+        for attribute, line in reaches(path):
+            if (module.removeprefix("pyroflows."), attribute) in REACHES:
+                permitted.append(f"{module}:{line}: {attribute}")
+            elif attribute not in known:
+                wrong.append(f"{module}:{line}: {attribute}")
+    assert not wrong, f"private attributes of other objects: {wrong}; give them public names"
+    assert len(permitted) <= 15, f"too many private attributes of other objects: {permitted}"

@@ -285,7 +285,7 @@ class Oddness:
             tail.scale = max(tail.scale, 1.0)  # never surer than the model
         blank = Tail.fit(odd[:0, 0], weight[:0])
         out = cls(cells, blank, blank, blank)
-        most, total = out._statistics(out.calibrated(odd))
+        most, total = out.statistics(out.calibrated(odd))
         out.most, out.total = Tail.fit(most, weight, prior=1.0), Tail.fit(total, weight)
         out.row = Tail.fit(torch.maximum(out.most(most), out.total(total)), weight, prior=1.0)
         return out
@@ -296,11 +296,11 @@ class Oddness:
 
     def __call__(self, odd: Tensor) -> Tensor:
         """-log of the share of held-out rows that are at least as odd, shape (N,)."""
-        most, total = self._statistics(self.calibrated(odd))
+        most, total = self.statistics(self.calibrated(odd))
         return self.row(torch.maximum(self.most(most), self.total(total)))
 
     @staticmethod
-    def _statistics(odd: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(odd: Tensor) -> tuple[Tensor, Tensor]:
         """The oddest cell of a row, and all of them together."""
         seen = ~odd.isnan()
         most = torch.where(seen, odd, 0.0).amax(1) - seen.sum(1).clamp_min(1).double().log()
