@@ -160,6 +160,15 @@ def test_conditional_draws_match_filtered_draws(mixed):
     quantile = model.quantile(rows, 0.5, draws=512)["size"]
     mean = model.mean(rows, draws=512)["size"]
     assert np.allclose(quantile, [0.0, 5.0], atol=0.6) and np.allclose(mean, [0.0, 5.0], atol=0.6)
+    ranged = model.sample(3000, {"size": (1.0, 4.0), "count": [3, 4, 5]}, random_state=3)
+    inside = joint[joint["size"].between(1, 4) & joint["count"].isin([3, 4, 5])]
+    assert ranged["size"].between(1, 4).all() and ranged["count"].isin([3, 4, 5]).all()
+    assert ranged["size"].mean() == pytest.approx(inside["size"].mean(), abs=0.06)
+    assert (ranged["kind"] == "b").mean() == pytest.approx(
+        (inside["kind"] == "b").mean(), abs=0.04
+    )
+    with pytest.raises(ValueError, match="probability of ranges, sets or predicates is not known"):
+        model.probability({"size": (1.0, 4.0)})
     gaps = pd.DataFrame({"kind": ["a", None], "count": [2, 6], "size": [np.nan, 5.0]})
     filled = model.impute(gaps)
     assert filled.notna().all().all() and filled["kind"][0] == "a" and filled["size"][1] == 5.0

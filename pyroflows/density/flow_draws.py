@@ -33,7 +33,13 @@ def pupil_of(teacher: Engine, device: str) -> MixedEngine:
 
 
 def weighted(
-    target: Engine, proposal: Engine, values: Tensor, n: int, generator: torch.Generator
+    target: Engine,
+    proposal: Engine,
+    values: Tensor,
+    n: int,
+    generator: torch.Generator,
+    *,
+    within: Engine | None = None,
 ) -> Tensor:
     """Draws of missing cells by importance resampling, (N, n, D).
 
@@ -43,6 +49,7 @@ def weighted(
         values: Rows, NaN where a cell is to be filled in.
         n: Draws per row.
         generator: Source of randomness.
+        within: The proposal within conditions that rows must fulfil, if there are any.
 
     Warns:
         UserWarning: Where rows are left with few effective draws, saying how many rows.
@@ -50,7 +57,8 @@ def weighted(
     count = max(PROPOSALS, 2 * n)
     out, poor = [], 0
     for rows in torch.arange(len(values)).split(max(1, ROWS // count)):
-        drawn = proposal.complete(values[rows], count, generator=generator)
+        source = proposal if within is None else within
+        drawn = source.complete(values[rows], count, generator=generator)
         flat = drawn.flatten(0, 1)
         good = ~flat.isnan().any(1)  # else the observed cells cannot be
         log_w = torch.full((len(flat),), -torch.inf, dtype=torch.float64)
@@ -66,7 +74,7 @@ def weighted(
         out.append(drawn.gather(1, pick.expand(-1, -1, drawn.shape[-1])))
     if poor:
         warnings.warn(
-            f"the observed numbers of {poor} row(s) leave few effective draws: condition on "
+            f"what is known of {poor} row(s) leaves few effective draws: condition on "
             "fewer cells, or fit a conditional model (target=, given=)",
             stacklevel=5,
         )

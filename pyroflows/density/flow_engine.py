@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Self
 
@@ -31,6 +31,7 @@ from pyroflows.density.flow_training import (
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.flow import Flow
 from pyroflows.tables import Schema
+from pyroflows.tables.conditions import Condition
 from pyroflows.training.budget import Budget
 from pyroflows.training.seeds import seeded
 
@@ -87,6 +88,8 @@ class FlowEngine(Engine):
             raise ValueError(f"flow must be None, one of {RECIPES} or a callable; got {make!r}")
         self.settings = Settings() if settings is None else settings
         self.make, self.points = make, points
+        self.conditions: Mapping[Any, Condition] = {}
+        self.whole = self
 
     # ------------------------------------------------------------------ fitting
 
@@ -178,6 +181,11 @@ class FlowEngine(Engine):
         self, values: Tensor, *, pattern: bool = False, draws: int = 64
     ) -> tuple[Tensor, Tensor]:
         """Log-density of complete rows, and the error that K points leave, both (N,)."""
+        if self.conditions:
+            raise ValueError(
+                "the probability of ranges, sets or predicates is not known for a flow: filter "
+                "its samples, or use flow=None"
+            )
         self._refuse(values)
         out, error = self.numbers_log_prob(values)
         return out + self.labels.log_prob(values), error
@@ -264,12 +272,14 @@ class FlowEngine(Engine):
         gone = values.isnan()
         self._refuse(values[:, self.order[: self.num_given]])
         out = values[:, None].repeat(1, n, 1)
-        alone = gone[:, self.numbers.columns].all(1)
+        alone = gone[:, self.numbers.columns].all(1) & (not self.conditions)
         for rows in alone.nonzero()[:, 0].split(max(1, ROWS // max(n, 1))):
             out[rows] = self._ancestral(values[rows], n, generator, lattice)
         hard = (gone.any(1) & ~alone).nonzero()[:, 0]
         if len(hard):
-            out[hard] = weighted(self, self.proposal, values[hard], n, generator)
+            known = self.whole.proposal
+            within = known.within(self.conditions) if self.conditions else None
+            out[hard] = weighted(self.whole, known, values[hard], n, generator, within=within)
         return out
 
     def _ancestral(
@@ -289,6 +299,14 @@ class FlowEngine(Engine):
             if context is None:
                 return self.flow.sample((n,)).cpu()
             return self.flow.sample((), context.to(self.device)).cpu()
+
+    def within(self, conditions: Mapping[Any, Condition]) -> Self:
+        """Draws within conditions, resampled as those given numbers; no log-densities."""
+        if not conditions:
+            return self
+        out = copy.copy(self)
+        out.conditions, out.whole = conditions, self.whole
+        return out
 
     @cached_property
     def proposal(self) -> MixedEngine:

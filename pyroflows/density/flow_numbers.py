@@ -178,12 +178,13 @@ def score_map(cells: NumberCells, values: np.ndarray) -> NormalScores:
     smooth = NormalScores.fit(some, lower=ends[0], upper=ends[1])
     spread = torch.as_tensor(np.resize(SPREAD, len(rest)))
     points = rest + step * (spread - 0.5)
-    if _nats(smooth, points) >= _nats(rough, points):
+    gain = _nats(rough, points) - _nats(smooth, points)
+    if gain.mean() < 2 * gain.std() / math.sqrt(len(gain)):  # no more than chance
         return cells.scores.rescaled(unit)
     return NormalScores.of(cells.hist, lower=low, upper=high).rescaled(unit)
 
 
-def _nats(scores: NormalScores, x: Tensor) -> float:
-    """Mean log-density of values whose scores are standard normal."""
+def _nats(scores: NormalScores, x: Tensor) -> Tensor:
+    """Log-density of values whose scores are standard normal."""
     s, log_slope = scores.inverse_and_log_det(x)
-    return float((log_slope - 0.5 * s * s - LOG_ROOT).mean())
+    return log_slope - 0.5 * s * s - LOG_ROOT
