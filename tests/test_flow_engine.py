@@ -194,6 +194,10 @@ def test_given_columns_are_the_context():
 
 def test_noise_and_back(mixed, capped):
     table, model = mixed
+    u = model.pit(mixed_table(1500, seed=5))  # uniform, as far as so short a fit goes
+    assert list(u) == ["count", "size"] and u.max().max() < 1
+    assert u.mean().to_numpy() == pytest.approx(0.5, abs=0.05)
+    assert u.std().to_numpy() == pytest.approx(12**-0.5, abs=0.04)
     some = table.head(200)
     noise = model.transform(some)
     assert list(noise.columns) == ["count", "size"] and abs(float(noise.to_numpy().mean())) < 0.2

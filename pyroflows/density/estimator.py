@@ -447,7 +447,8 @@ class DensityEstimator(Conventions):
     def pit(self, X: Any, random_state: Any = 0) -> pd.DataFrame:
         """Probability integral transforms F(x_t | earlier columns): uniform if the model is right.
 
-        Point masses and lattice cells are spread uniformly over their jump.
+        Point masses and lattice cells are spread uniformly over their jump. With a flow, of the
+        noise that makes a row's numbers; see :meth:`transform`.
         """
         values = self._inputs.values(X)
         return pit(self._ready(), values, self._generator(random_state))

@@ -333,15 +333,18 @@ class FlowEngine(Engine):
     # ------------------------------------------------------------------ noise
 
     @torch.no_grad()
-    def noise(self, values: Tensor) -> Tensor:
+    def noise(self, values: Tensor, u: Tensor | None = None) -> Tensor:
         """The flow's noise of complete rows, shape (N, numbers).
 
-        A lattice value counts as the middle of its cell, a number at an atom as its median.
+        Args:
+            values: Rows.
+            u: Where a lattice value lies in its cell, and a number at an atom in its law, uniform
+                numbers of shape (N, numbers); None for the middle.
         """
         self._refuse(values)
         x = values[:, self.numbers.columns]
-        middle = torch.full((1, x.shape[1]), 0.5, dtype=torch.float64)
-        points, _ = self.numbers.points(x, self.numbers.atoms(x), middle)
+        u = torch.full((1, x.shape[1]), 0.5, dtype=torch.float64) if u is None else u
+        points, _ = self.numbers.points(x, self.numbers.atoms(x), u)
         transform = self._transform(self.context(values))
         return transform.inverse_and_log_det(points.to(self.device))[0].cpu()
 

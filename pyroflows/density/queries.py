@@ -170,9 +170,17 @@ def means(given: Evidence, *, draws: int, generator: torch.Generator) -> pd.Data
 
 
 def pit(engine: Engine, values: Tensor, generator: torch.Generator) -> pd.DataFrame:
-    """Probability integral transforms of the number targets whose conditionals are exact."""
+    """Probability integral transforms of the number targets.
+
+    Of exact conditionals; of a flow, normal distribution functions of its noise.
+    """
     import pandas as pd
 
+    if isinstance(engine, FlowEngine):
+        names = [engine.schema.columns[j].name for j in engine.numbers.columns]
+        u = torch.rand(len(values), len(names), generator=generator, dtype=values.dtype)
+        share = torch.special.ndtr(engine.noise(values, u))
+        return pd.DataFrame(share.numpy(), columns=names)
     out = {}
     for j, law in engine.conditionals(values):
         if isinstance(law, Numbers):
