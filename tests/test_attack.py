@@ -225,5 +225,5 @@ def test_an_interrupt_before_the_first_score_is_no_error(monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyroflows.training.likelihood.score", interrupt)
+    monkeypatch.setattr("pyroflows.training.run.score", interrupt)
     assert fit(small(), torch.randn(40, 2), progress=False).interrupted
