@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 
 from pyroflows.density import DensityEstimator
 from pyroflows.density.conditionals import Numbers
-from pyroflows.density.particles import Uniforms
+from pyroflows.density.uniforms import Uniforms
 
 LABELS = {"a": list("pqr"), "b": ["u", "v"], "k": [0.0, 1.0, 2.0], "c": list("wxyz")}
 EVERY = pd.DataFrame(list(itertools.product(*LABELS.values())), columns=list(LABELS))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pyroflows.density.cellwise import target_names
+from pyroflows.density.completions import averages
 from pyroflows.density.conditionals import Labels
 from pyroflows.density.model import TableModel
 from pyroflows.density.others import given_others
-from pyroflows.density.particles import Uniforms, averages
 from pyroflows.density.pictures import picture
 from pyroflows.density.surprise import STRANGE, Oddness, expected, gap_or_tail, judged, stranger
+from pyroflows.density.uniforms import Uniforms
 from pyroflows.tables import Schema
 from pyroflows.tables.inputs import check_half_known
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyroflows.density.columns import LabelCells, NumberCells, repeated
 from pyroflows.density.histogram import Histogram
-from pyroflows.density.particles import Uniforms
 from pyroflows.density.scores import Marginals, NormalScores
+from pyroflows.density.uniforms import Uniforms
 
 __all__ = ["NumberSide", "own_uniforms", "score_map"]
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from pyroflows.density.columns import LabelCells, NumberCells
+from pyroflows.density.completions import averages, complete
 from pyroflows.density.conditionals import Conditional
 from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
 from pyroflows.density.fitting import fit_mixed, fit_more
 from pyroflows.density.header import check_tensors
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
-from pyroflows.density.particles import Uniforms, averages, complete
 from pyroflows.density.restricted import regions_of
+from pyroflows.density.uniforms import Uniforms
 from pyroflows.tables import Schema
 from pyroflows.tables.conditions import Condition
 from pyroflows.training.budget import Budget
@@ -64,7 +65,7 @@ class MixedEngine(Engine):
     def log_prob(
         self, values: Tensor, *, pattern: bool = False, draws: int = 64
     ) -> tuple[Tensor, Tensor]:
-        """Exact for complete rows; see :func:`pyroflows.density.particles.evidence` for others."""
+        """Exact for complete rows; :func:`~pyroflows.density.completions.evidence` for others."""
         return self.model.log_prob(values, pattern=pattern, draws=draws)
 
     @torch.no_grad()

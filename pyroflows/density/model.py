@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyroflows.conditioners import ColumnNets
 from pyroflows.density.columns import NEVER, Encoded, LabelCells, NumberCells
+from pyroflows.density.completions import evidence
 from pyroflows.density.conditionals import (
     Labels,
     Numbers,
@@ -24,7 +25,7 @@ from pyroflows.density.conditionals import (
     numbers_of,
 )
 from pyroflows.density.mixtures import MixedMixture, State
-from pyroflows.density.particles import Particles, evidence
+from pyroflows.density.particles import Particles
 from pyroflows.density.restricted import Regions, restrict
 from pyroflows.tables import Schema
 
@@ -289,6 +290,7 @@ class TableModel:
     def to(self, device: torch.device | str) -> Self:
         """Move the networks, and what is added to their outputs."""
         self.nets.to(device)
+        self.has_missing = self.has_missing.to(device)
         for group in self.groups:
             group.log_mass = group.log_mass.to(device)
         return self
@@ -432,7 +434,7 @@ class TableModel:
         ]
         log_p, odds = (torch.cat(p, -1) for p in zip(*parts, strict=True))
         gone = odds.sigmoid().mean(0).clamp(1e-7, 1 - 1e-7).cpu().double()
-        gone = torch.where(self.has_missing[:, None], gone, 1e-7)
+        gone = torch.where(self.has_missing.cpu()[:, None], gone, 1e-7)
         out = (log_p.logsumexp(0) - math.log(self.members)).cpu().double()
         if self.mixture is not None:
             alpha = self.alpha.double()[:, None]
@@ -457,7 +459,7 @@ class TableModel:
             pattern: Whether to add the probability of which cells are missing, by the model that
                 sees missing cells as such (exact).
             draws: Particles per row and batch, where two or more numbers before an observed cell
-                are missing; see :func:`pyroflows.density.particles.evidence`.
+                are missing; see :func:`pyroflows.density.completions.evidence`.
         """
         out, error = torch.zeros(2, len(values), dtype=torch.float64)
         for part in torch.arange(len(values)).split(4096):

@@ -144,5 +144,5 @@ def _pattern(model: TableModel, rows: Rows) -> Tensor:
     odds = torch.cat(parts, -1).cpu()
     sign = torch.where(rows.missing, 1.0, -1.0)
     return torch.where(
-        model.has_missing[:, None], torch.nn.functional.logsigmoid(sign * odds), 0.0
+        model.has_missing.cpu()[:, None], torch.nn.functional.logsigmoid(sign * odds), 0.0
     )

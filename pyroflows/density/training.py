@@ -82,7 +82,7 @@ def _column_terms(model: TableModel, rows: Rows) -> Tensor:
     log_p = torch.where(known, log_p, 0.0)
     sign = torch.where(rows.missing, 1.0, -1.0)
     pattern = torch.nn.functional.logsigmoid(sign * odds)
-    return log_p + torch.where(model.has_missing.to(pattern.device)[:, None], pattern, 0.0)
+    return log_p + torch.where(model.has_missing[:, None], pattern, 0.0)
 
 
 @torch.no_grad()

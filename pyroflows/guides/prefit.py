@@ -38,9 +38,7 @@ class _Candidates:
         self.found: list[Gaussian] = []
         self.failures: list[Exception] = []
 
-    def attempt(
-        self, make: Callable[..., Gaussian], *args: Any, **kwargs: Any
-    ) -> Gaussian | None:
+    def attempt(self, make: Callable[..., Gaussian], *args: Any, **kwargs: Any) -> Gaussian | None:
         """Make a Gaussian and its ELBO; None if it fails, or no budget is left to try."""
         if self.target.spent and self.found:
             return None
