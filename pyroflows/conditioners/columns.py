@@ -239,8 +239,12 @@ class ColumnNets(nn.Module):
         g, f, p = w.shape
         if self.index is None:
             return (x @ w.permute(1, 0, 2).reshape(f, g * p)).unflatten(-1, (g, p)).transpose(0, 1)
-        own = range(len(self.index))
-        read = self.index[[i for i in nets if i in own] if isinstance(nets, list) else nets]
+        every = len(self.index)
+        read = (
+            self.index[list(dict.fromkeys(i % every for i in nets))]
+            if isinstance(nets, list)
+            else self.index[nets]
+        )
         t, m = len(read), g // max(len(read), 1)
         wide = w.view(m, t, f, p).permute(1, 0, 3, 2).reshape(t, m * p, f)
         out = wide @ x.T[read]

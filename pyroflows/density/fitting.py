@@ -58,8 +58,8 @@ def fit_mixed(
         model.eval()
         if simple:
             model.set_mixture(simple.pop(), blend_weights(model, held, simple))
-    held = held_rows(fold)
-    return model, Fit([dict(step=0, epoch=0.0, valid=start), *history], held, fold[held])
+    rows = held_rows(fold)
+    return model, Fit([dict(step=0, epoch=0.0, valid=start), *history], rows, fold[rows])
 
 
 def fit_more(
