@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,9 @@ import numpy as np
 from pyroflows.tables.constraints import Relation
 from pyroflows.tables.infer import Numbers, find_atoms, find_bounds, find_step
 from pyroflows.tables.keys import Keys
-from pyroflows.tables.storage import Held, as_numbers, as_times, canonical, dtype_named, name_of
+from pyroflows.tables.kinds import KINDS, Kind, canonical_as, holds_labels
+from pyroflows.tables.storage import Held, dtype_named, name_of
+from pyroflows.tables.ticks import PER_SECOND, less, plus, seconds, ticks_of, unit_named
 from pyroflows.tables.values import from_json, plain, to_json
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "Column"]
 
-KINDS = ("categorical", "discrete", "numeric", "datetime", "key")
-PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 DEGREES = {"lat": 90.0, "latitude": 90.0, "lon": 180.0, "lng": 180.0, "longitude": 180.0}
 
 
@@ -73,12 +72,17 @@ class Column:
     @property
     def is_label(self) -> bool:
         """Whether cells are codes of levels rather than numbers."""
-        return self.kind in ("categorical", "discrete", "key")
+        return self.way.is_label
 
     @property
     def is_time(self) -> bool:
         """Whether its numbers are seconds."""
-        return self.kind not in ("categorical", "key") and bool(_unit(self.dtype))
+        return self.way.has_numbers and bool(unit_named(self.dtype))
+
+    @property
+    def way(self) -> Kind:
+        """What its kind does with cells."""
+        return KINDS[self.kind]
 
     # ------------------------------------------------------------------ what it is
 
@@ -101,15 +105,15 @@ class Column:
             raise ValueError(
                 f"schema of {series.name!r}: expected a kind of {[*KINDS, 'ignore']}; got {kind!r}"
             )
-        cells, held = _cells(series, kind)
+        cells, held = canonical_as(series, kind)
         dtype = cells.dtype
         missing = float(cells.isna().mean()) if len(cells) else 0.0
         out = cls(series.name, "numeric", name_of(dtype), missing=missing, held=held)
         if kind == "key":
             out.kind, out.levels, out.keys = "key", ["key"], Keys.of(cells.dropna())
-        elif kind == "categorical" or kind is None and _labels(dtype):
+        elif kind == "categorical" or kind is None and holds_labels(dtype):
             out._read_labels(cells)
-        elif _labels(dtype) and not pd.api.types.is_bool_dtype(dtype):
+        elif holds_labels(dtype) and not pd.api.types.is_bool_dtype(dtype):
             raise ValueError(
                 f"column {series.name!r} was declared {kind}, but has {dtype} cells, e.g. "
                 f"{cells.dropna().iloc[:1].tolist()}"
@@ -138,7 +142,7 @@ class Column:
         import pandas as pd
 
         dtype = cells.dtype
-        times = _unit(dtype)
+        times = unit_named(dtype)
         if kind == "datetime" and not times:
             raise ValueError(
                 f"column {self.name!r} was declared datetime, but has {dtype} cells; convert them "
@@ -147,10 +151,10 @@ class Column:
         if times:
             self.kind, self.per_second = "datetime", PER_SECOND[times]
             if pd.api.types.is_datetime64_any_dtype(dtype):
-                whole = _ticks(cells.dropna())
+                whole = ticks_of(cells.dropna())
                 self.origin = int(whole.min()) if len(whole) else 0
         elif pd.api.types.is_integer_dtype(dtype):
-            whole = _ticks(cells.dropna())
+            whole = ticks_of(cells.dropna())
             if len(whole) and max(-int(whole.min()), int(whole.max())) >= 2**53:
                 self.origin = int(whole.min())
         values = self.numbers(cells)
@@ -212,7 +216,7 @@ class Column:
             elif key == "atoms":
                 value = [self.place(v) for v in value]
             elif key == "step" and value is not None:
-                value = _seconds(value) if self.kind == "datetime" else float(value)
+                value = seconds(value) if self.kind == "datetime" else float(value)
                 if not value > 0:
                     raise ValueError(f"schema of {self.name!r}: step must be positive or None")
             setattr(self, key, value)
@@ -256,7 +260,7 @@ class Column:
         import pandas as pd
 
         if self.kind == "datetime":
-            return float(self.numbers(self._like_fit(pd.Series([value], name=self.name)))[0])
+            return float(self.raw(pd.Series([value], name=self.name))[0])
         return float(value) - self.origin
 
     def encode(self, series: pd.Series) -> np.ndarray:
@@ -264,44 +268,11 @@ class Column:
 
         Values, codes of levels (``len(levels)`` for an unknown one), NaN where missing.
         """
-        if self.kind == "key":
-            return np.where(series.isna(), np.nan, 0.0)
-        if self.kind == "categorical":
-            return self._codes(self._like_fit(series))
-        return self.code(self.raw(series))
+        return self.way.encode(self, series)
 
     def raw(self, series: pd.Series) -> np.ndarray:
         """Cells of a number column, not yet as codes, as float64; NaN where missing."""
-        return self.numbers(self._like_fit(series))
-
-    def _like_fit(self, series: pd.Series) -> pd.Series:
-        """Canonical cells of the type that fitting saw."""
-        import pandas as pd
-
-        if self.kind == "categorical":
-            forced = None if self.held and self.held.kind.startswith("text") else "categorical"
-            cells, _ = _cells(series, forced)
-            return cells
-        if self.held and self.held.kind == "text number":
-            return as_numbers(series)[0]
-        cells, held = canonical(series)
-        if self.kind == "datetime" or _unit(self.dtype):
-            if cells.isna().all():
-                return pd.Series(pd.NaT, series.index, dtype=self.dtype, name=series.name)
-            try:
-                if _labels(cells.dtype) and not pd.api.types.is_bool_dtype(cells.dtype):
-                    read = pd.to_timedelta if self.dtype.startswith("time") else pd.to_datetime
-                    cells = read(cells.astype(object))
-                zoned = getattr(cells.dtype, "tz", None) is not None
-                if zoned and "," not in self.dtype:
-                    raise TypeError("time zones differ")
-                return cells.astype(self.dtype) if str(cells.dtype) != self.dtype else cells
-            except (TypeError, ValueError, OverflowError) as error:
-                raise ValueError(
-                    f"column {self.name!r} was {self.shown_type} in fitting; got {series.dtype}, "
-                    f"e.g. {series.dropna().iloc[:1].tolist()}"
-                ) from error
-        return cells
+        return self.numbers(self.way.like_fit(self, series))
 
     def numbers(self, cells: pd.Series) -> np.ndarray:
         """Canonical cells of a number column as float64, NaN where missing."""
@@ -309,11 +280,11 @@ class Column:
 
         there = cells.notna().to_numpy()
         out = np.full(len(cells), np.nan)
-        if _unit(cells.dtype):
-            out[there] = _less(_ticks(cells[there]), self.origin) / self.per_second
+        if unit_named(cells.dtype):
+            out[there] = less(ticks_of(cells[there]), self.origin) / self.per_second
             return out
         if pd.api.types.is_integer_dtype(cells.dtype) and self.origin:
-            out[there] = _less(_ticks(cells[there]), self.origin)
+            out[there] = less(ticks_of(cells[there]), self.origin)
             return out
         try:
             x = cells.to_numpy(dtype=float, na_value=np.nan)
@@ -326,80 +297,34 @@ class Column:
 
     def code(self, x: np.ndarray) -> np.ndarray:
         """Numbers as they are, or as codes if they are few."""
-        if self.kind != "discrete":
-            return x
-        level = np.array(self.levels, float)
-        if not len(level):
-            return np.where(np.isnan(x), np.nan, 0.0)
-        code = np.searchsorted(level, x).clip(0, len(level) - 1)
-        known = np.where(level[code] == x, code, len(level)).astype(float)
-        return np.where(np.isnan(x), np.nan, known)
-
-    def _codes(self, cells: pd.Series) -> np.ndarray:
-        """Codes of labels."""
-        import pandas as pd
-
-        index = {v: i for i, v in enumerate(self.levels)}
-
-        def code(v: Any) -> int:
-            return index.get(plain(v), len(index))
-
-        if isinstance(cells.dtype, pd.CategoricalDtype):
-            table = np.array([*map(code, cells.cat.categories), np.nan], float)
-            return table[cells.cat.codes.to_numpy()]
-        codes, uniques = pd.factorize(cells)
-        return np.array([*map(code, uniques), np.nan], float)[codes]
+        return self.way.code(self, x)
 
     # ------------------------------------------------------------------ and back
 
     def decode(self, values: np.ndarray) -> pd.Series:
         """The inverse of :meth:`encode`, in the original type where that can be missing."""
-        if self.kind == "key":
-            return self.keyed(values, values)
-        if self.kind == "categorical":
-            return self._written(self._labels(values))
-        return self.cells(self.value(values))
+        return self.way.decode(self, values)
 
     def cells(self, values: np.ndarray) -> pd.Series:
         """The inverse of :meth:`raw`."""
-        return self._written(self._numbers(values))
+        return self.written(self._numbers(values))
 
     def restored(self, numbers: np.ndarray) -> pd.Series:
         """Cells from what :meth:`raw` makes of them, or from codes of labels."""
-        return self.decode(numbers) if self.kind == "categorical" else self.cells(numbers)
+        return self.way.restored(self, numbers)
 
     def keyed(self, values: np.ndarray, rows: np.ndarray) -> pd.Series:
         """Fresh keys, which depend on whole rows (N, D), where ``values`` is not NaN."""
         assert self.keys is not None
-        return self._written(self.keys.draw(np.isnan(values), rows, self.name, self.dtype))
+        return self.written(self.keys.draw(np.isnan(values), rows, self.name, self.dtype))
 
-    def _written(self, cells: pd.Series) -> pd.Series:
+    def written(self, cells: pd.Series) -> pd.Series:
+        """Canonical cells in the type that came."""
         return self.held.write(cells) if self.held else cells
 
     def value(self, codes: np.ndarray) -> np.ndarray:
         """The inverse of :meth:`code`."""
-        if self.kind != "discrete":
-            return codes
-        index = np.where(np.isnan(codes), -1, np.nan_to_num(codes)).astype(int)
-        return np.array([*self.levels, np.nan], float)[index]
-
-    def _labels(self, values: np.ndarray) -> pd.Series:
-        import pandas as pd
-
-        gone = np.isnan(values)
-        code = np.where(gone, -1, np.nan_to_num(values)).astype(int)
-        if self.dtype.startswith("category:"):
-            levels = pd.Index(self.levels, dtype=dtype_named(self.dtype.removeprefix("category:")))
-            return pd.Series(
-                pd.Categorical.from_codes(code, levels, ordered=self.ordered), name=self.name
-            )
-        labels = np.empty(len(self.levels) + 1, dtype=object)
-        labels[:-1] = self.levels
-        series = pd.Series(labels[code], name=self.name, dtype=object)
-        dtype = dtype_named(self.dtype)
-        if gone.any() and isinstance(dtype, np.dtype) and dtype.kind in "biu":
-            return series if dtype.kind == "b" else series.astype(float)
-        return series.astype(dtype)
+        return self.way.value(self, codes)
 
     def _numbers(self, values: np.ndarray) -> pd.Series:
         """Numbers as cells of the canonical dtype."""
@@ -407,9 +332,9 @@ class Column:
 
         gone = np.isnan(values)
         dtype = dtype_named(self.dtype)
-        if _unit(dtype):
-            whole = _plus(np.nan_to_num(values), self.origin, self.per_second, "int64")
-            naive = self.dtype.split("[")[0] + "[" + _unit(dtype) + "]"
+        if unit_named(dtype):
+            whole = plus(np.nan_to_num(values), self.origin, self.per_second, "int64")
+            naive = self.dtype.split("[")[0] + "[" + unit_named(dtype) + "]"
             series = pd.Series(whole.view(naive), name=self.name).mask(gone)
             zone = getattr(dtype, "tz", None)
             if zone is not None:
@@ -423,7 +348,7 @@ class Column:
         x = np.nan_to_num(values).clip(
             float(bits.min) - self.origin, float(bits.max) - self.origin
         )
-        whole = _plus(x, self.origin, 1, wide).clip(bits.min, bits.max)
+        whole = plus(x, self.origin, 1, wide).clip(bits.min, bits.max)
         series = pd.Series(whole, name=self.name)
         if not gone.any():
             return series.astype(dtype)
@@ -438,20 +363,7 @@ class Column:
         Raises:
             ValueError: If it is no cell of this column, naming it.
         """
-        import pandas as pd
-
-        if self.kind == "categorical":
-            for level in self.levels:
-                if str(level) == text:
-                    return level
-            raise ValueError(f"column {self.name!r} has no label {text!r}; it has {self.few()}")
-        if _unit(self.dtype):
-            cell = self._like_fit(pd.Series([text], name=self.name, dtype=object)).iloc[0]
-            return cell
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(f"column {self.name!r} holds numbers; got {text!r}") from None
+        return self.way.parse(self, text)
 
     # ------------------------------------------------------------------ words
 
@@ -472,14 +384,13 @@ class Column:
         """A number of the column as its cells are written."""
         if value is None or not np.isfinite(value):
             return str(value)
-        if (_unit(self.dtype) or self.origin) and self.relation is None:
+        if (unit_named(self.dtype) or self.origin) and self.relation is None:
             return str(self._numbers(np.array([value])).iloc[0])
         return self._span(value) if self.relation is not None else f"{value:.10g}"
 
     def few(self) -> str:
         """Some of the levels, as they are written."""
-        numbers = self.kind == "discrete"
-        shown = [self.shown(v) if numbers else repr(v) for v in self.levels[:20]]
+        shown = [self.way.shown(self, v) for v in self.levels[:20]]
         return "[" + ", ".join(shown) + (", ...]" if len(self.levels) > 20 else "]")
 
     def describe(self) -> str:
@@ -491,20 +402,8 @@ class Column:
         return self._described()
 
     def _described(self) -> str:
-        if self.kind == "key":
-            return f"key, not modelled; fresh ones {self.keys}"
         if self.is_label:
-            if len(self.levels) == 1:
-                one = self.levels[0]
-                return f"constant {self.shown(one) if self.kind == 'discrete' else repr(one)}"
-            word = (
-                "numbers as labels"
-                if self.kind == "discrete"
-                else "ordered labels"
-                if self.ordered
-                else "labels"
-            )
-            return f"{len(self.levels)} {word}" if self.levels else "empty"
+            return self.way.described(self)
         parts = [f"lattice, step {self._span(self.step)}" if self.step else "continuous"]
         parts += [f">= {self.shown(self.lower)}"] if self.lower is not None else []
         parts += [f"<= {self.shown(self.upper)}"] if self.upper is not None else []
@@ -515,7 +414,7 @@ class Column:
         """A difference of two values, in words for times."""
         import pandas as pd
 
-        if _unit(self.dtype) and value >= 1:
+        if unit_named(self.dtype) and value >= 1:
             return str(pd.Timedelta(seconds=value)).replace(" 00:00:00", "")
         return f"{value:.10g}"
 
@@ -569,80 +468,3 @@ class Column:
         ):
             raise ValueError(f"column {out.name!r}: fields of the wrong type")
         return out
-
-
-# ---------------------------------------------------------------------- helpers
-
-
-def _cells(series: pd.Series, kind: str | None) -> tuple[pd.Series, Held | None]:
-    """Canonical cells; those of labels keep their own values."""
-    import pandas as pd
-
-    if kind in ("categorical", "key"):
-        if isinstance(series.dtype, (pd.ArrowDtype, pd.SparseDtype, pd.PeriodDtype)):
-            return canonical(series, texts=False)
-        if series.dtype == object:
-            cells, held = canonical(series, texts=False)
-            return (series, None) if held and held.kind != "empty" else (cells, held)
-        return canonical(series, texts=False)
-    if kind in ("numeric", "discrete", "datetime"):
-        cells, held = canonical(series, texts=kind == "datetime")
-        if _labels(cells.dtype) and not pd.api.types.is_bool_dtype(cells.dtype):
-            if isinstance(cells.dtype, pd.CategoricalDtype):
-                raise ValueError(
-                    f"column {series.name!r} was declared {kind}, but holds categories; convert "
-                    "it with .astype first"
-                )
-            return as_times(series) if kind == "datetime" else as_numbers(series)
-        return cells, held
-    return canonical(series)
-
-
-def _labels(dtype: Any) -> bool:
-    """Whether canonical cells of this dtype are labels."""
-    import pandas as pd
-
-    if isinstance(dtype, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(dtype):
-        return True
-    return not (pd.api.types.is_numeric_dtype(dtype) or _unit(dtype))
-
-
-def _unit(dtype: Any) -> str:
-    """The unit of a datetime or timedelta dtype, else nothing."""
-    found = re.match(r"(?:datetime64|timedelta64)\[(\w+)", str(dtype))
-    return found[1] if found else ""
-
-
-def _ticks(cells: pd.Series) -> np.ndarray:
-    """Integers of a column without missing cells, exact."""
-    if _unit(cells.dtype):
-        return cells.astype("int64").to_numpy()
-    unsigned = str(cells.dtype).lower().startswith("uint")
-    return cells.to_numpy(dtype="uint64" if unsigned else "int64")
-
-
-def _less(ticks: np.ndarray, origin: int) -> np.ndarray:
-    """Ticks - origin as float64, exact up to 2^53 whatever their size."""
-    if not origin:
-        return ticks.astype(float)
-    raw, zero = ticks.astype("uint64"), np.uint64(origin % 2**64)
-    below = ticks < origin
-    return np.where(below, -(zero - raw).astype(float), (raw - zero).astype(float))
-
-
-def _plus(values: np.ndarray, origin: int, per_unit: int, wide: str) -> np.ndarray:
-    """Integers values * per_unit + origin, the inverse of :func:`_less`."""
-    unit = np.floor(values)
-    part = np.round((values - unit) * per_unit).astype("int64")
-    if wide == "uint64":
-        start = origin + np.array([int(u) for u in unit], dtype=object) + part
-        return np.array([min(max(int(v), 0), 2**64 - 1) for v in start], dtype="uint64")
-    top = float(2**63 - 2**10) / per_unit - abs(origin) / per_unit
-    return unit.clip(-top, top).astype("int64") * per_unit + part + origin
-
-
-def _seconds(value: Any) -> float:
-    """A step of times: a number of seconds, or what pandas takes for a duration."""
-    import pandas as pd
-
-    return float(value) if isinstance(value, (int, float)) else pd.Timedelta(value).total_seconds()
