@@ -441,8 +441,8 @@ class DensityEstimator(Conventions):
             ``.rows``, ``.plot()``.
         """
         model, frame = exact_model(self._ready(), "explain"), self._inputs.frame(X)
-        options = dict(given=given, coverage=coverage, pattern=self.missing == "model")
-        return explain(model, calibrated(self.oddness_), frame, **options)
+        held, pattern = calibrated(self.oddness_), self.missing == "model"
+        return explain(model, held, frame, given=given, coverage=coverage, pattern=pattern)
 
     def pit(self, X: Any, random_state: Any = 0) -> pd.DataFrame:
         """Probability integral transforms F(x_t | earlier columns): uniform if the model is right.

@@ -143,8 +143,9 @@ class _Verdicts:
     @classmethod
     def blank(cls, n: int, t_count: int) -> _Verdicts:
         """Nothing known."""
-        empty = [torch.full((n, t_count), torch.nan, dtype=torch.float64) for _ in range(5)]
-        return cls(*empty, [torch.zeros(n, 0)] * t_count, torch.zeros(n, t_count).long())
+        a, b, c, d, e = torch.full((5, n, t_count), torch.nan, dtype=torch.float64)
+        codes = [torch.zeros(n, 0)] * t_count
+        return cls(a, b, c, d, e, codes, torch.zeros(n, t_count).long())
 
     def note(self, rows: Tensor, t: int, law: Any, x: Tensor, odd: Tensor, cover: float) -> None:
         """Write down what a distribution says of the cells x of target t."""
