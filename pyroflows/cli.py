@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, help="for a repeatable result; default the fit's")
     sample.set_defaults(run=_sample)
 
+    report = commands.add_parser("report", parents=[formats], help="how good samples are")
+    report.add_argument("model")
+    report.add_argument("table", help="real rows, best ones that the fit did not see")
+    report.add_argument("--train", help="the rows of the fit, so that copies of them are seen")
+    report.add_argument("--seed", type=int, help="for a repeatable result; default the fit's")
+    report.set_defaults(run=_report)
+
     inspect = commands.add_parser(
         "inspect",
         parents=[formats],
@@ -265,6 +272,22 @@ def _score(args: argparse.Namespace) -> None:
             total, rows = total + float(nats.sum()), rows + len(nats)
             out.write(frame.assign(log_density=nats))
     print(f"{total / max(rows, 1):.6f} nats per row, {rows} rows")
+
+
+def _report(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from pyroflows.density import DensityEstimator
+
+    model = DensityEstimator.load(args.model)
+    rng = np.random.default_rng(args.seed)
+
+    def rows(path: str) -> pd.DataFrame:
+        frame = _table(args, path, **_labels_as_text(model)).sample(100_000, rng)
+        return frame[[c for c in model.schema_.names if c in frame.columns]]
+
+    train = None if args.train is None else rows(args.train)
+    print(model.report(rows(args.table), train=train, random_state=args.seed))
 
 
 def _sample(args: argparse.Namespace) -> None:

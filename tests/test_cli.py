@@ -51,6 +51,8 @@ def test_fit_score_sample_inspect(tmp_path, table, ending, capsys):
     assert main(["inspect", str(model)]) == 0
     assert main(["inspect", str(path)]) == 0
     assert "2 labels" in capsys.readouterr().out
+    assert main(["report", str(model), str(path), "--train", str(path), "--seed", "0"]) == 0
+    assert "Synthetic rows" in (said := capsys.readouterr().out) and "two-sample AUC" in said
 
 
 @pytest.fixture(scope="module")
