@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = [
     "OUTSIDE",
     "WeightSummary",
+    "bound",
     "effective_sample_size",
     "pareto_k",
     "smooth_weights",
@@ -117,6 +118,22 @@ def pareto_k(log_weights: Tensor) -> float:
     return smooth_weights(log_weights)[1]
 
 
+def bound(log_weights: Tensor, *, iwae: bool = False) -> float:
+    r"""A lower bound of the log-evidence from log-weights log p - log q, ``(S,)``, in nats.
+
+    .. math:: E_q[\log w \mid \text{inside}] + 10 \log q(\text{inside})
+        \quad\text{or}\quad \log \frac1S \sum_s w_s
+
+    A draw is inside where its weight is finite; NaN if none is.
+    """
+    inside = log_weights[log_weights.isfinite()]
+    if not len(inside):
+        return math.nan
+    if iwae:
+        return (inside.logsumexp(0) - math.log(len(log_weights))).item()
+    return inside.mean().item() + OUTSIDE * math.log(len(inside) / len(log_weights))
+
+
 @dataclass(frozen=True)
 class WeightSummary:
     """What the log-weights log p - log q at draws from a guide say about it.
@@ -155,9 +172,9 @@ def summarize_weights(log_weights: Tensor) -> WeightSummary:
         )
     low, high = torch.quantile(finite, torch.tensor([0.16, 0.84]).to(finite)).tolist()
     return WeightSummary(
-        elbo=finite.mean().item() + OUTSIDE * math.log(len(finite) / len(lw)),
+        elbo=bound(lw),
         elbo_error=(finite.std() / len(finite) ** 0.5).item(),
-        log_evidence=(torch.logsumexp(finite, 0) - math.log(len(lw))).item(),
+        log_evidence=bound(lw, iwae=True),
         effective_sample_size=(effective_sample_size(torch.softmax(finite, 0)) / len(lw)).item(),
         log_weight_sd=(high - low) / 2,
         pareto_k=pareto_k(lw),

@@ -21,7 +21,7 @@ from pyroflows.density.tails import tails
 __all__ = ["Histogram", "density_tree", "value_cells"]
 
 
-def value_cells(values: np.ndarray, count: np.ndarray, step: float | None) -> np.ndarray:
+def value_cells(values: np.ndarray, step: float | None) -> np.ndarray:
     """The interval [lo, hi) that each distinct value stands for, shape (n, 2).
 
     A lattice value stands for its recording cell; a continuous one for as much of the gaps beside
@@ -288,7 +288,7 @@ class Histogram(nn.Module):
         n = len(values)
         # Too many levels to tell one by one, or hardly any repeated: not each is a spike.
         dense = step is not None and (len(level) > 1 << 14 or len(level) > 0.95 * n > 100)
-        cells = value_cells(level, count, None if dense else step)
+        cells = value_cells(level, None if dense else step)
         if step:
             lower, upper = _shifted(lower, -step / 2), _shifted(upper, step / 2)
             cells = level[0] + (np.round((cells - level[0]) / step - 0.5) + 0.5) * step

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyroflows import store
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
-from pyroflows.guides.gaussian import Gaussian, normal_points
+from pyroflows.guides.gaussian import FULL_RANK_UP_TO, Gaussian, normal_points
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.legacy import upgrade_pickle, upgrade_state
 from pyroflows.guides.local import LocalNormals
@@ -32,7 +32,6 @@ from pyroflows.guides.transport import Whitening, make_transport, start_vector
 __all__ = ["AutoFlow"]
 
 _INIT = init_to_median(num_samples=101)  # Pyro's 15 draws leave the start a third of a sd away
-_FULL_RANK_UP_TO = 300  # latents; beyond, the triangular matrices become diagonal
 
 
 class AutoFlow(SavedGuide, AutoContinuous):
@@ -130,7 +129,7 @@ class AutoFlow(SavedGuide, AutoContinuous):
         return self._layout("flow", lambda: Sites(s for s in self.sites if not s.subsampled))
 
     def _make_transport(self, loc: Tensor) -> None:
-        full_rank = len(loc) <= _FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
+        full_rank = len(loc) <= FULL_RANK_UP_TO if self._full_rank is None else self._full_rank
         flow = make_flow(self._flow, len(loc))
         transport = make_transport(flow, loc, init_scale=self._init_scale, full_rank=full_rank)
         self._parameters["packed"] = transport[0].release()  # not what the store has of that name

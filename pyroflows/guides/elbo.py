@@ -18,25 +18,9 @@ from pyro.util import check_model_guide_match, warn_if_nan
 from torch import Tensor
 
 from pyroflows.guides.messages import is_discrete
-from pyroflows.weights import OUTSIDE
+from pyroflows.weights import OUTSIDE, bound
 
 __all__ = ["PathGradientELBO", "bound", "outside_term", "shares"]
-
-
-def bound(log_weights: Tensor, *, iwae: bool = False) -> float:
-    r"""A lower bound of the log-evidence from log-weights log p - log q, ``(S,)``, in nats.
-
-    .. math:: E_q[\log w \mid \text{inside}] + 10 \log q(\text{inside})
-        \quad\text{or}\quad \log \frac1S \sum_s w_s
-
-    A draw is inside where its weight is finite; NaN if none is.
-    """
-    inside = log_weights[log_weights.isfinite()]
-    if not len(inside):
-        return math.nan
-    if iwae:
-        return (inside.logsumexp(0) - math.log(len(log_weights))).item()
-    return inside.mean().item() + OUTSIDE * math.log(len(inside) / len(log_weights))
 
 
 def shares(

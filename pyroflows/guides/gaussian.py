@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.weights import OUTSIDE
+from pyroflows.weights import bound
 
-__all__ = ["Gaussian", "Target", "normal_points"]
+__all__ = ["FULL_RANK_UP_TO", "Gaussian", "Target", "normal_points"]
+
+FULL_RANK_UP_TO = 300  # latents; beyond, triangular matrices become diagonal
 
 
 def normal_points(num: int, dim: int, *, like: Tensor, seed: int = 0) -> Tensor:
@@ -52,14 +54,9 @@ class Gaussian:
         entropy = log_det + 0.5 * len(self.loc) * math.log(2 * math.pi * math.e)
         u = self.loc + (z * scale if diagonal else z @ scale.T)
         log_p = log_density(u)
-        fine = log_p.isfinite()
         log_q = -0.5 * z.square().sum(-1) - log_det - 0.5 * len(self.loc) * math.log(2 * math.pi)
-        if fine.all():
-            self.elbo = (log_p.mean() + entropy).item()
-        elif fine.any():
-            self.elbo = (
-                (log_p - log_q)[fine].mean() + OUTSIDE * fine.double().mean().log()
-            ).item()
+        inside = bool(log_p.isfinite().all())
+        self.elbo = (log_p.mean() + entropy).item() if inside else bound(log_p - log_q)
         if not math.isfinite(self.elbo):
             self.elbo = -math.inf
         return self

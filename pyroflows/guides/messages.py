@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution, Unit
+from pyro.distributions import (
+    Delta,
+    MaskedDistribution,
+    SineBivariateVonMises,
+    SineSkewed,
+    Unit,
+)
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, VonMises
 
 __all__ = [
     "exposed",
@@ -97,14 +103,12 @@ def masked_out(site: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None
 def is_circular(site: Mapping[str, Any]) -> bool:
     """Whether a latent is made of angles, whose support Pyro calls real."""
     fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        if type(fn).__name__ in _CIRCULAR:
-            return True
+    while hasattr(fn, "base_dist") and not isinstance(fn, _CIRCULAR):
         fn = fn.base_dist
-    return type(fn).__name__ in _CIRCULAR
+    return isinstance(fn, _CIRCULAR)
 
 
-_CIRCULAR = {"VonMises", "SineBivariateVonMises", "SineSkewed"}
+_CIRCULAR = (VonMises, SineBivariateVonMises, SineSkewed)
 
 
 def plate_nesting(trace: poutine.Trace) -> int:

@@ -21,7 +21,7 @@ from torch.distributions import constraints
 
 from pyroflows.guides.climbing import climb, laplace
 from pyroflows.guides.gaussian import Gaussian, Target, normal_points
-from pyroflows.weights import OUTSIDE
+from pyroflows.weights import bound
 
 __all__ = ["Mixture", "MixtureNoise", "Noise", "find_mixture"]
 
@@ -311,10 +311,8 @@ def find_mixture(
 
 
 def _rated(target: Callable[[Tensor], Tensor], mixture: Mixture, num: int = 1024) -> Mixture:
-    """Set the ELBO, from quasi-random points, as :meth:`Gaussian.rate` does."""
+    """Set the ELBO, from quasi-random points, as :meth:`Gaussian.with_elbo` does."""
     u = mixture.points(normal_points(num, mixture.locs.shape[-1], like=mixture.locs, seed=2))
-    log_w = target(u) - mixture.log_prob(u)
-    fine = log_w.isfinite()
-    if fine.any():
-        mixture.elbo = (log_w[fine].mean() + OUTSIDE * fine.double().mean().log()).item()
+    elbo = bound(target(u) - mixture.log_prob(u))
+    mixture.elbo = elbo if math.isfinite(elbo) else -math.inf
     return mixture

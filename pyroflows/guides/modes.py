@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from pyroflows.guides.climbing import laplace
-from pyroflows.guides.gaussian import Gaussian, Target, normal_points
+from pyroflows.guides.gaussian import FULL_RANK_UP_TO, Gaussian, Target, normal_points
 from pyroflows.guides.latent import LatentDensity
 from pyroflows.guides.prefit import prefit
 from pyroflows.guides.probes import Frame, Gradients
 
 __all__ = ["Mode", "Modes", "find_modes"]
-
-_FULL_RANK_UP_TO = 300  # latents; beyond, covariances are diagonal
 
 
 @dataclass
@@ -128,7 +126,7 @@ def find_modes(
 
 def _gaussian_at(density: LatentDensity, mode: Tensor) -> tuple[Gaussian, int]:
     """The Gaussian at a mode with its ELBO, and the gradients that it took."""
-    if len(mode) > _FULL_RANK_UP_TO:
+    if len(mode) > FULL_RANK_UP_TO:
         best, _, count = prefit(density, mode.to(density.init_loc), full_rank=False)
         return best, count
     target = Target(density, density.init_loc.dtype)

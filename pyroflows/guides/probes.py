@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.guides.gaussian import normal_points
+from pyroflows.guides.gaussian import FULL_RANK_UP_TO, normal_points
 from pyroflows.guides.hamiltonian import State, hamiltonian
 from pyroflows.guides.latent import LatentDensity
 
 __all__ = ["ChainRun", "Frame", "Gradients", "Marginals", "chains", "scattered_starts"]
-
-_FULL_RANK_UP_TO = 300  # latents; beyond, covariances are diagonal
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Frame:
         low, high = _quantiles(u, torch.tensor([0.05, 0.95]).to(u))
         u = torch.where(low < high, u.clamp(low, high), u)
         loc, (S, D) = u.mean(0), u.shape
-        if D <= _FULL_RANK_UP_TO and S > 2 * D:
+        if D <= FULL_RANK_UP_TO and S > 2 * D:
             sd = u.std(0).clamp(min=1e-300)
             factor, bad = torch.linalg.cholesky_ex(torch.cov(((u - loc) / sd).T).reshape(D, D))
             if not bad:

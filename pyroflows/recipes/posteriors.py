@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pyroflows.bijection import Bijection
 from pyroflows.compose import Compose
-from pyroflows.conditioners import Dense, Free
+from pyroflows.conditioners import Free
 from pyroflows.scalar import Affine, Chain, ScalarMap
 from pyroflows.splines import RationalQuadratic
-from pyroflows.transforms.coupling import Coupling
+from pyroflows.transforms.coupling import coupling
 from pyroflows.transforms.elementwise import Elementwise
 
 __all__ = ["local_flow", "posterior_flow", "sperner_masks"]
@@ -88,16 +88,14 @@ def _couplings(
     scalar: ScalarMap, input_dim: int, num_layers: int, width: int, context_dim: int = 0
 ) -> list[Bijection]:
     """Couplings under Sperner's masks, with two hidden layers of ``width`` in each network."""
-    layers: list[Bijection] = []
-    for mask in sperner_masks(input_dim, num_layers):
-        moved = int(mask.sum())
-        net = Dense(
-            input_dim - moved,
-            scalar.num_params,
-            moved,
+    return [
+        coupling(
+            scalar,
+            input_dim,
+            [width, width],
+            mask=mask,
             context_dim=context_dim,
-            hidden_dims=[width, width],
             activation=nn.SiLU,
         )
-        layers.append(Coupling(scalar, net, mask, context_dim=context_dim))
-    return layers
+        for mask in sperner_masks(input_dim, num_layers)
+    ]

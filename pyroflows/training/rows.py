@@ -139,7 +139,6 @@ def as_rows(x: Tensor, context: Tensor | None = None, weight: Tensor | None = No
 
 
 def part_rows(
-    flow: nn.Module,
     rows: Rows,
     validation: float | tuple[Tensor, ...],
     generator: torch.Generator,

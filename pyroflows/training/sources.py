@@ -238,7 +238,7 @@ def sources(
         return Loader(x, flow, name="x", once=once), _held(flow, validation, generator)
     apart = _gives_batches(validation, flow) and not isinstance(validation, tuple)
     part = 0 if apart else 0.1 if validation is None else validation
-    train, held = part_rows(flow, as_rows(*data), part, generator)
+    train, held = part_rows(as_rows(*data), part, generator)
     table = Table(train, flow, generator, batch_size or _default_size(len(train.x)))
     if held is not None:
         return table, Table(held, flow, generator)
