@@ -324,3 +324,21 @@ def test_imputations_keep_what_is_there_and_ignore_the_rows_beside(numbers):
         model.impute(table, 2, method="mean")
     with pytest.raises(ValueError, match="n must be a positive integer"):
         model.impute(table, 0)
+
+
+def test_what_a_function_leaves_missing_is_not_true(numbers):
+    model, _ = numbers
+    name = next(c.name for c in model.schema_.columns if not c.is_label)
+
+    def above(cells):
+        return (cells > cells.median()).astype("boolean")
+
+    for gap in (np.nan, None, pd.NA):
+
+        def held(cells, gap=gap):
+            return above(cells).astype(object).where(cells > 0, gap)
+
+        drawn = model.sample(200, {name: held})
+        assert (drawn[name] > 0).all()
+    with pytest.raises(ValueError, match="must return True or False"):
+        model.sample(5, {name: lambda cells: cells.astype(object)})

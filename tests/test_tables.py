@@ -95,6 +95,16 @@ def test_caps_off_the_lattice_and_zeros_of_continuous_columns_are_point_masses()
     assert (column.step, column.atoms, column.lower) == (None, [0.0], 0.0)
 
 
+def test_a_repeated_value_among_few_single_ones_is_a_point_mass_but_repeated_levels_are_not():
+    single = RNG.exponential(size=6)
+    column = Column.from_series(pd.Series(np.append(np.zeros(494), single), name="v"))
+    assert (column.step, column.atoms) == (None, [0.0])
+    column = Column.from_series(pd.Series(np.append(single, single.repeat(50)), name="v"))
+    assert column.atoms == []
+    column = Column.from_series(pd.Series(np.append(single, single[0].repeat(3)), name="v"))
+    assert column.atoms == []  # by chance
+
+
 def test_overrides_and_their_errors():
     table = pd.DataFrame({"a": RNG.integers(0, 500, 300)})
     assert Schema.from_frame(table, {"a": {"step": None}})["a"].step is None

@@ -202,16 +202,22 @@ class _Where(Condition):
     predicate: Callable[[Any], Any]
 
     def holds(self, column: Column, numbers: np.ndarray) -> np.ndarray:
+        import pandas as pd
+
         known = ~np.isnan(numbers)
         cells = column.restored(numbers[known])
         found = np.asarray(self.predicate(cells))
-        if found.shape != (int(known.sum()),) or found.dtype.kind not in "bO":
+        if found.dtype == object:  # what is missing is not True
+            found = np.where(pd.isna(found), False, found)
+            if all(isinstance(v, (bool, np.bool_)) for v in found.flat):
+                found = found.astype(bool)
+        if found.shape != (int(known.sum()),) or found.dtype != bool:
             raise ValueError(
                 f"column {column.name!r}: the function in given= must return True or False for "
                 f"each of {int(known.sum())} cells; got {found.dtype} of shape {found.shape}"
             )
         out = np.zeros(len(numbers), dtype=bool)
-        out[known] = found.astype(bool)
+        out[known] = found
         return out
 
     def _numbers(self, column: Column) -> Region:

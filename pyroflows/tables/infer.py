@@ -116,10 +116,14 @@ def _off(level: np.ndarray, count: np.ndarray, step: float, tolerance: float) ->
 
 
 def find_atoms(x: Numbers) -> np.ndarray:
-    """Values that a continuous column repeats far more often than chance."""
-    few = len(x.level) <= 20
-    often = x.count > x.size if few else x.count >= max(5, 0.005 * x.size)
-    return x.level[often] if often.sum() <= 16 else np.empty(0)
+    """Values that a continuous column repeats far more often than chance.
+
+    Among few values only where the others, which are more, are single: else all are repeated.
+    """
+    often = x.count >= max(5, 0.005 * x.size)
+    rest = x.count[~often]
+    few = len(x.level) <= 20 and not (len(rest) > max(2, often.sum()) and rest.max() == 1)
+    return np.empty(0) if few or often.sum() > 16 else x.level[often]
 
 
 def find_bounds(x: Numbers, step: float | None) -> tuple[float | None, float | None]:
