@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ __all__ = ["main"]
 
 CHUNK = 50_000  # rows drawn at once
 WRITABLE = (".csv", ".csv.gz", ".tsv", ".parquet")
+SEVERAL: dict[str, Any] = dict(nargs="+", action="extend")
+SEED: dict[str, Any] = dict(type=int, help="for a repeatable result; default the fit's")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,96 +57,66 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyroflows {version}")
     commands = parser.add_subparsers(dest="command", required=True)
     formats = _format_options()
-    _add_fit(commands, formats)
 
-    score = commands.add_parser("score", parents=[formats], help="log-density of every row")
-    score.add_argument("model")
-    score.add_argument("table", help="text or Parquet, read in pieces")
-    score.add_argument(
-        "-o",
-        "--output",
-        help="the table with a column log_density, .csv, .csv.gz, .tsv or .parquet; "
-        "default: print the mean only",
-    )
-    score.set_defaults(run=_score)
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+        added = commands.add_parser(name, parents=[formats], help=text)
+        added.set_defaults(run=run)
+        return added.add_argument
 
-    sample = commands.add_parser("sample", parents=[formats], help="draw rows")
-    sample.add_argument("model")
-    sample.add_argument("-n", type=_count, default=10, help="rows, or rows per given row")
-    sample.add_argument("-o", "--output", help="a table; default: CSV to the terminal")
-    sample.add_argument(
-        "--given",
-        nargs="+",
-        action="extend",
-        metavar="COLUMN=VALUE",
-        help="values to condition on; may be repeated",
-    )
-    sample.add_argument("--given-table", help="table with values to condition on")
-    sample.add_argument(
-        "--missing", action="store_true", help="leave cells missing as often as in the data"
-    )
-    sample.add_argument("--seed", type=int, help="for a repeatable result; default the fit's")
-    sample.set_defaults(run=_sample)
+    _fit_options(command("fit", _fit, "fit a table and save the model"))
 
-    report = commands.add_parser("report", parents=[formats], help="how good samples are")
-    report.add_argument("model")
-    report.add_argument("table", help="real rows, best ones that the fit did not see")
-    report.add_argument("--train", help="the rows of the fit, so that copies of them are seen")
-    report.add_argument("--seed", type=int, help="for a repeatable result; default the fit's")
-    report.set_defaults(run=_report)
+    add = command("score", _score, "log-density of every row")
+    add("model")
+    add("table", help="text or Parquet, read in pieces")
+    kinds = ", ".join(WRITABLE[:-1])
+    text = f"the table with a column log_density, {kinds} or {WRITABLE[-1]}"
+    add("-o", "--output", help=f"{text}; default: print the mean only")
 
-    inspect = commands.add_parser(
-        "inspect",
-        parents=[formats],
-        help="what a model file holds, or what a table would be taken for",
-    )
-    inspect.add_argument("file")
-    inspect.add_argument("--schema", type=_schema, metavar="JSON", help="as for fit")
-    inspect.set_defaults(run=_inspect)
+    add = command("sample", _sample, "draw rows")
+    add("model")
+    add("-n", type=_count, default=10, help="rows, or rows per given row")
+    add("-o", "--output", help="a table; default: CSV to the terminal")
+    text = "values to condition on; may be repeated"
+    add("--given", metavar="COLUMN=VALUE", help=text, **SEVERAL)
+    add("--given-table", help="table with values to condition on")
+    add("--missing", action="store_true", help="leave cells missing as often as in the data")
+    add("--seed", **SEED)
+
+    add = command("report", _report, "how good samples are")
+    add("model")
+    add("table", help="real rows, best ones that the fit did not see")
+    add("--train", help="the rows of the fit, so that copies of them are seen")
+    add("--seed", **SEED)
+
+    text = "what a model file holds, or what a table would be taken for"
+    add = command("inspect", _inspect, text)
+    add("file")
+    add("--schema", type=_schema, metavar="JSON", help="as for fit")
     return parser
 
 
-def _add_fit(commands: Any, formats: argparse.ArgumentParser) -> None:
-    fit = commands.add_parser("fit", parents=[formats], help="fit a table and save the model")
-    fit.add_argument(
-        "table", help="text or Parquet file, or a folder of them; large ones are streamed"
+def _fit_options(add: Any) -> None:
+    add("table", help="text or Parquet file, or a folder of them; large ones are streamed")
+    add("-o", "--output", required=True, help="model file, .safetensors")
+    text = "columns to model; default all that are not given"
+    add("--target", metavar="COLUMN", help=text, **SEVERAL)
+    add("--given", metavar="COLUMN", help="columns to condition on", **SEVERAL)
+    text = (
+        "what columns are taken for, as text or as a file: "
+        '{"zip": {"kind": "categorical"}, "id": {"kind": "ignore"}, "price": {"step": null}}'
     )
-    fit.add_argument("-o", "--output", required=True, help="model file, .safetensors")
-    fit.add_argument(
-        "--target",
-        nargs="+",
-        action="extend",
-        metavar="COLUMN",
-        help="columns to model; default all that are not given",
-    )
-    fit.add_argument(
-        "--given", nargs="+", action="extend", metavar="COLUMN", help="columns to condition on"
-    )
-    fit.add_argument(
-        "--schema",
-        type=_schema,
-        metavar="JSON",
-        help="what columns are taken for, as text or as a file: "
-        '{"zip": {"kind": "categorical"}, "id": {"kind": "ignore"}, "price": {"step": null}}',
-    )
-    fit.add_argument(
-        "--constraint",
-        nargs="+",
-        action="extend",
-        metavar="RELATION",
-        help="what holds in every row, e.g. 'start < end' 'a + b == c'",
-    )
-    fit.add_argument("--flow", help="a flow for the numbers: neural_spline, maf, realnvp, ...")
-    fit.add_argument("--missing", choices=["ignore", "model"], default="ignore")
-    fit.add_argument("--max-time", type=float, default=90.0, help="seconds of processor time")
-    fit.add_argument("--max-steps", type=int, help="optimizer steps, at most")
-    fit.add_argument(
-        "--in-memory", type=int, default=1_000_000, help="stream tables with more rows than this"
-    )
-    fit.add_argument("--seed", type=int, help="for a repeatable result")
-    fit.add_argument("--device", default="auto")
-    fit.add_argument("--quiet", action="store_true", help="no progress bar")
-    fit.set_defaults(run=_fit)
+    add("--schema", type=_schema, metavar="JSON", help=text)
+    text = "what holds in every row, e.g. 'start < end' 'a + b == c'"
+    add("--constraint", metavar="RELATION", help=text, **SEVERAL)
+    add("--flow", help="a flow for the numbers: neural_spline, maf, realnvp, ...")
+    add("--missing", choices=["ignore", "model"], default="ignore")
+    add("--max-time", type=float, default=90.0, help="seconds of processor time")
+    add("--max-steps", type=int, help="optimizer steps, at most")
+    text = "stream tables with more rows than this"
+    add("--in-memory", type=int, default=1_000_000, help=text)
+    add("--seed", type=int, help="for a repeatable result")
+    add("--device", default="auto")
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 def _format_options() -> argparse.ArgumentParser:
@@ -156,23 +128,11 @@ def _format_options() -> argparse.ArgumentParser:
     group.add_argument("--decimal", help="decimal mark, '.' by default", **keep)
     group.add_argument("--thousands", help="mark between thousands, e.g. ','", **keep)
     group.add_argument("--encoding", help="utf-8 by default", **keep)
-    group.add_argument(
-        "--na",
-        nargs="+",
-        action="extend",
-        dest="na_values",
-        metavar="TEXT",
-        help="further texts that mean a missing cell, e.g. '?'",
-        **keep,
-    )
-    group.add_argument(
-        "--no-header",
-        action="store_const",
-        const=None,
-        dest="header",
-        help="the first line is data; columns are x0, x1, ...",
-        **keep,
-    )
+    text = "further texts that mean a missing cell, e.g. '?'"
+    group.add_argument("--na", dest="na_values", metavar="TEXT", help=text, **SEVERAL, **keep)
+    keep |= dict(action="store_const", const=None, dest="header")
+    text = "the first line is data; columns are x0, x1, ..."
+    group.add_argument("--no-header", help=text, **keep)
     return options
 
 

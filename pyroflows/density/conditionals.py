@@ -33,6 +33,14 @@ class Conditional(abc.ABC):
 
     odds: Tensor  # probability that the cell is missing, shape (N,)
 
+    def may_miss(self, leave: bool) -> bool:
+        """Whether a gap may stay one: with ``leave``, where the fit saw gaps."""
+        return leave and bool(self.cells.missing_seen)  # type: ignore[attr-defined]
+
+    def log_there(self, leave: bool) -> Tensor | float:
+        """Log-probability that the cell is there, shape (N,); 0 where gaps do not count."""
+        return (-bounded(self.odds)).log1p() if self.may_miss(leave) else 0.0
+
     def __getitem__(self, rows: Tensor) -> Self:
         """The same for some of the rows."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -45,6 +53,11 @@ class Conditional(abc.ABC):
     @abc.abstractmethod
     def sample(self, u: Tensor, v: Tensor, *, lattice: bool = True) -> Tensor:
         """Values from two independent uniform numbers each."""
+
+
+def bounded(odds: Tensor) -> Tensor:
+    """Probabilities in float64, away from 0 and 1."""
+    return odds.double().clamp(1e-7, 1 - 1e-7)
 
 
 @dataclasses.dataclass

@@ -105,7 +105,7 @@ def load(kind: Any, path: Any, *, device: str = "cpu", flow: Any = None) -> Any:
 
 
 def _engine(tag: str) -> type[Engine]:
-    """The class that wrote a file; files of before there were several name none."""
+    """The class that wrote a file."""
     for engine in (MixedEngine, FlowEngine):
         if tag == engine.tag:
             return engine

@@ -54,14 +54,14 @@ def restore(
 
     order, given = header["order"], header["num_given"]
     check_sizes(header["sizes"])
-    check_cells({k: v for k, v in tensors.items() if k.startswith("cell")}, order, schema)
-    found = read_cells(tensors, len(order))
-    cells = [found[order.index(j)] for j in range(len(order))]
     columns = [j for j in order[given:] if not schema.columns[j].is_label]
     claim(len(columns) > 0, "there are no numbers to model")
+    check_cells(tensors, order, schema, len(columns))
+    found = read_cells(tensors, len(order))
+    cells = [found[order.index(j)] for j in range(len(order))]
     told = [j for j in order if j not in columns]
-    marginals = Marginals([_scores(part(f"marginal{i}."), i) for i in range(len(columns))])
-    numbers = NumberSide(cells, told, columns, marginals)
+    maps = [NormalScores.from_state(part(f"marginal{i}.")) for i in range(len(columns))]
+    numbers = NumberSide(cells, told, columns, Marginals(maps))
     flow = _flow(make, numbers, header["sizes"], part("flow."))
     engine, fields = None, header["labels"]
     if fields is not None:
@@ -87,14 +87,3 @@ def _flow(
         flow = new_flow(make, numbers, sizes).double()
     flow.load_state_dict(state)
     return in_data_units(flow, numbers.marginals).eval().requires_grad_(False)
-
-
-def _scores(state: dict[str, Tensor], i: int) -> NormalScores:
-    """The map of a number, as it was saved."""
-    names = ("knots", "scores", "slopes", "scale", "xi")
-    claim(set(state) == set(names), f"marginal{i} has tensors {sorted(state)}")
-    size = len(state["knots"])
-    shapes = [(size,)] * 3 + [(2,)] * 2
-    fits = all(tuple(state[n].shape) == s for n, s in zip(names, shapes, strict=True))
-    claim(fits and size >= 2, f"tensors of marginal{i} do not fit each other")
-    return NormalScores.from_state(state)

@@ -148,10 +148,14 @@ def check_tensors(
     at.nothing_else()
 
 
-def check_cells(tensors: Mapping[str, Tensor], order: list[int], schema: Schema) -> None:
-    """Names, types and shapes of the cells alone; errors as in :func:`check_tensors`."""
-    at = _Tensors(tensors)
+def check_cells(
+    tensors: Mapping[str, Tensor], order: list[int], schema: Schema, numbers: int
+) -> None:
+    """Cells and marginals of a flow's table; errors as in :func:`check_tensors`."""
+    at = _Tensors({k: v for k, v in tensors.items() if k.startswith(("cell", "marginal"))})
     _cells(at, order, schema)
+    for i in range(numbers):
+        _scores(at, f"marginal{i}.")
     at.nothing_else()
 
 
@@ -161,9 +165,12 @@ def _cells(
     """Features and bins of the columns in an order, and which are labels."""
     features, bins, label = [], [], []
     for i, j in enumerate(order):
-        column = schema.columns[j]
-        read = _label if column.is_label else _number
-        width, count = read(at, f"cell{i}.", max(len(column.levels), 1))
+        column, prefix = schema.columns[j], f"cell{i}."
+        width, count = (
+            _label(at, prefix, max(len(column.levels), 1))
+            if column.is_label
+            else _number(at, prefix)
+        )
         features.append(width)
         bins.append(count)
         label.append(column.is_label)
@@ -211,16 +218,14 @@ def _label(at: _Tensors, prefix: str, levels: int) -> tuple[int, int]:
     return bins + missing, bins
 
 
-def _number(at: _Tensors, prefix: str, levels: int) -> tuple[int, int]:
+def _number(at: _Tensors, prefix: str) -> tuple[int, int]:
     """Features and bins of a column of numbers."""
     pieces = at.shape(prefix + "hist.edges", None)[0] + 1
     at.shape(prefix + "hist.mass", pieces)
     group = at.group(prefix + "hist.group", pieces)
-    knots = at.shape(prefix + "scores.knots", None)[0]
-    claim(pieces >= 3 and knots >= 2, f"{prefix}hist or scores have too few knots")
-    at.shape(prefix + "scores.scores", knots)
-    at.shape(prefix + "scores.slopes", knots)
-    for name in ("hist.scale", "hist.xi", "scores.scale", "scores.xi", "bounds"):
+    claim(pieces >= 3, f"{prefix}hist has too few pieces")
+    _scores(at, prefix + "scores.")
+    for name in ("hist.scale", "hist.xi", "bounds"):
         at.shape(prefix + name, 2)
     for name in ("loc", "scale", "step", "anchor"):
         at.shape(prefix + name)
@@ -230,6 +235,16 @@ def _number(at: _Tensors, prefix: str, levels: int) -> tuple[int, int]:
     at.shape(prefix + "bin_mass", bins)
     missing = at.flag(prefix + "missing_seen")
     return 2 + 2 * waves + atoms + missing, bins
+
+
+def _scores(at: _Tensors, prefix: str) -> None:
+    """A column's map to normal scores."""
+    knots = at.shape(prefix + "knots", None)[0]
+    claim(knots >= 2, f"{prefix}knots are too few")
+    at.shape(prefix + "scores", knots)
+    at.shape(prefix + "slopes", knots)
+    at.shape(prefix + "scale", 2)
+    at.shape(prefix + "xi", 2)
 
 
 class _Tensors:

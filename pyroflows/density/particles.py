@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.density.conditionals import Conditional
-from pyroflows.density.restricted import may_miss
+from pyroflows.density.restricted import may_stay
 from pyroflows.density.uniforms import Uniforms
 from pyroflows.tables.conditions import Codes, Points
 from pyroflows.weights import effective_sample_size, systematic_resample
@@ -258,10 +258,7 @@ def _outcomes(model: TableModel, i: int) -> float:
 
 def log_weight(c: Conditional, x: Tensor, leave: bool) -> Tensor:
     """Log-density of observed cells; with ``leave`` also that they were observed."""
-    log_p = c.log_prob(x)
-    if leave and bool(c.cells.missing_seen):  # type: ignore[attr-defined]
-        log_p = log_p + torch.log1p(-c.odds.double().clamp(1e-7, 1 - 1e-7))
-    return log_p
+    return c.log_prob(x) + c.log_there(leave)
 
 
 def drawn(
@@ -275,7 +272,7 @@ def drawn(
 ) -> Tensor:
     """Values of column i, NaN where the cell stays missing."""
     x = c.sample(uniforms(row, draw, i, 0), uniforms(row, draw, i, 1), lattice=lattice)
-    if may_miss(c, leave):
+    if may_stay(c, leave):
         x = torch.where(uniforms(row, draw, i, 2) < c.odds, torch.nan, x)
     return x
 

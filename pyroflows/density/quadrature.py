@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyroflows.density.conditionals import Numbers
+from pyroflows.density.conditionals import Numbers, bounded
 from pyroflows.density.particles import Cloud, Particles, gaps, log_sums
-from pyroflows.density.restricted import PointsWithin, Restricted, may_miss
+from pyroflows.density.restricted import PointsWithin, Restricted, may_stay
 
 if TYPE_CHECKING:
     from pyroflows.density.model import TableModel
@@ -91,8 +91,8 @@ def _enumerated(
         else:
             log_p = c.log_table()
             x = torch.arange(log_p.shape[1]).double().expand_as(log_p)
-        if may_miss(c, leave):
-            odds = c.odds.double().clamp(1e-7, 1 - 1e-7)[:, None]
+        if may_stay(c, leave):
+            odds = bounded(c.odds)[:, None]
             x = torch.cat([x, torch.full_like(odds, torch.nan)], 1)
             log_p = torch.cat([log_p + torch.log1p(-odds), odds.log()], 1)
         p.branch(i, at, x, log_p, leaf)

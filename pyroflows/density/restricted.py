@@ -32,7 +32,7 @@ from pyroflows.tables.conditions import (
 if TYPE_CHECKING:
     from pyroflows.density.model import TableModel
 
-__all__ = ["Regions", "Restricted", "may_miss", "regions_of", "restrict"]
+__all__ = ["Regions", "Restricted", "may_stay", "regions_of", "restrict"]
 
 CANDIDATES = 32  # draws of which a predicate takes one
 FAR = 1e4  # normal score beyond any
@@ -115,14 +115,12 @@ class Restricted(Conditional):
 
     def total(self, leave: bool) -> Tensor:
         """Log-probability of a cell in the region; with ``leave`` also that it is there."""
-        if leave and bool(self.cells.missing_seen):  # type: ignore[attr-defined]
-            return self.log_mass + torch.log1p(-self.odds.double().clamp(1e-7, 1 - 1e-7))
-        return self.log_mass
+        return self.log_mass + self.log_there(leave)
 
 
-def may_miss(law: Any, leave: bool) -> bool:
+def may_stay(law: Any, leave: bool) -> bool:
     """Whether a gap may stay one."""
-    return leave and bool(law.cells.missing_seen) and not isinstance(law, Restricted)
+    return law.may_miss(leave) and not isinstance(law, Restricted)
 
 
 @dataclasses.dataclass

@@ -81,9 +81,7 @@ def _proposed(
     """Values of column i, and what a region weighs them by."""
     if isinstance(c, Guessed):
         x, log_p = c.propose(lambda k: uniforms(row, draw, i + (k + 1) * APART, 6))
-        if leave and bool(c.cells.missing_seen):
-            log_p = log_p + torch.log1p(-c.odds.double().clamp(1e-7, 1 - 1e-7))
-        return x, log_p
+        return x, log_p + c.log_there(leave)
     x = drawn(c, uniforms, row, draw, i, leave)
     return x, c.total(leave) if isinstance(c, Restricted) else 0.0
 

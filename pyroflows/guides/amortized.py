@@ -296,7 +296,7 @@ class AmortizedFlow(SavedGuide):
         return {name: d.median(0).values for name, d in draws.items()}
 
 
-_LocalSite = Site  # guides pickled before there were layouts ask for it by this name
+_LocalSite = Site  # what old pickles call it
 
 
 def _first_argument(*args: Any, **kwargs: Any) -> Tensor:

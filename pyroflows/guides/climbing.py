@@ -25,10 +25,9 @@ def climb(target: Target, starts: Tensor) -> list[Tensor]:
     return [modes[i] for i in order if modes[i].isfinite().all()]
 
 
-def _bfgs(
-    target: Target, u: Tensor, *, num_steps: int = 100, tol: float = 1e-3
-) -> tuple[Tensor, Tensor]:
+def _bfgs(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """Climb from every row of ``u`` at once by BFGS: points ``(K, D)``, densities ``(K,)``."""
+    num_steps, tol = 100, 1e-3
     log_p, g = target.gradient(u)
     H, fresh = _steepest(g), torch.ones(len(u), dtype=torch.bool, device=u.device)
     for _ in range(num_steps):
@@ -118,10 +117,9 @@ def _eigh_scaled(curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d, values, Q
 
 
-def _newton(
-    target: Target, u: Tensor, *, num_steps: int = 20, tol: float = 1e-4
-) -> tuple[Tensor, Tensor]:
+def _newton(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """Saddle-free Newton ascent from ``u``, ``(D,)``: the mode and the curvature there."""
+    num_steps, tol = 20, 1e-4
     sizes = torch.tensor([1.0, 0.5, 0.2, 0.05, 0.01, 1e-3, 0.0]).to(u)
     curvature = _curvature(target, u)
     for _ in range(num_steps):

@@ -69,7 +69,7 @@ def upgrade_state(state: dict[str, Any], prefix: str = "") -> None:
 
 
 def upgrade_layouts(state: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a pickled guide, of one from before there were layouts of sites too."""
+    """The attributes of a pickled guide, whatever version wrote it."""
     supports = state.get("_model_supports")
     local = state["_modules"].get("local")
     if local is not None and not isinstance(local.sites, Sites):

@@ -375,7 +375,7 @@ class SavedGuide(AutoGuide):
         if key in state_dict:
             self._check_sites(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
-        if key in missing:  # a state from before there were names
+        if key in missing:  # an old file: without names
             missing.remove(key)
 
 

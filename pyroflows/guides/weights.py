@@ -1,4 +1,4 @@
-"""The weights of draws, where they used to be: see :mod:`pyroflows.weights`."""
+"""Another name of :mod:`pyroflows.weights`."""
 
 from pyroflows.weights import (
     OUTSIDE,

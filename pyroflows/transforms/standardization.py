@@ -117,7 +117,7 @@ class Units(Bijection):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
     ) -> None:
         if strict and not {prefix + "loc", prefix + "scale"} & state_dict.keys():
-            self.reset()  # saved before there were units: no standardization
+            self.reset()  # a file without units: no standardization
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
         _ = self.active
