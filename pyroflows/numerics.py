@@ -31,7 +31,8 @@ def soft_bound(raw: Tensor, bound: float) -> Tensor:
     """
     if bound == math.inf:
         return raw
-    r = (raw / bound).clamp(-1e9, 1e9)  # r * r must not overflow in float32
+    most = min(1e9, torch.finfo(raw.dtype).max ** 0.5 / 2)  # r * r must not overflow
+    r = (raw / bound).clamp(-most, most)
     return bound * r * torch.rsqrt(1 + r * r)
 
 

@@ -57,6 +57,16 @@ def test_tails_against_fifty_digits(x):
     assert float(single) == pytest.approx(float(y), rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_that_of_its_digits(dtype):
+    x, params = torch.linspace(-4, 4, 9, dtype=dtype), theta(1, dtype=dtype)
+    exact = FAMILY.log_prob(x.double(), params.double())
+    eps, found = torch.finfo(dtype).eps, FAMILY.log_prob(x, params)
+    torch.testing.assert_close(found.double(), exact, rtol=8 * eps, atol=4 * eps)
+    back, _ = CDF(FAMILY).inverse(CDF(FAMILY).forward(x, params)[0], params)
+    torch.testing.assert_close(back, x, rtol=8 * eps, atol=8 * eps)
+
+
 @pytest.mark.parametrize("upper", [-40.0, 0.3, 40.0])
 @pytest.mark.parametrize("width", [1e-12, 1e-3, 1.0, 50.0])
 def test_cells_however_narrow(upper, width):

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 import pyroflows as pf
 from pyroflows import transforms as T
@@ -237,6 +244,8 @@ def test_optimizers_and_schedulers_of_ones_own():
         fit(small(), x, optimizer=torch.optim.SGD(small().parameters(), 0.1))
     with pytest.raises(ValueError, match="weight_decay"):
         fit(small(), x, optimizer=torch.optim.SGD, weight_decay=0.1)
+    with pytest.raises(ValueError, match="pass lr to fit"):  # which would take its place unseen
+        fit(small(), x, optimizer=partial(torch.optim.SGD, lr=0.1))
 
 
 def test_lbfgs_finds_the_normal():
@@ -266,6 +275,22 @@ def test_the_average_is_what_is_kept():
         start = [decay * a + (1 - decay) * b for a, b in zip(start, values, strict=True)]
     for kept, mean in zip(flow.parameters(), start, strict=True):
         torch.testing.assert_close(kept.detach(), mean)
+
+
+def test_clippers_that_tell_nothing_are_refused():
+    with pytest.raises(TypeError, match=r"MedianNorm\(\), not its class"):
+        fit(small(), rows(), clip_norm=MedianNorm)
+    with pytest.raises(TypeError, match="must return whether the gradients are finite"):
+        fit(small(), rows(), clip_norm=partial(torch.nn.utils.clip_grad_norm_, max_norm=1.0))
+
+
+def test_batches_without_rows_are_no_steps():
+    x = rows()
+    whole, gappy = small(), small()
+    expected = fit(whole, Again(x[:100], x[100:]), num_epochs=2, callbacks=None)
+    history = fit(gappy, Again(x[:100], x[:0], x[100:]), num_epochs=2)
+    assert history.losses == expected.losses and history.skipped_steps == 0
+    assert torch.equal(state(gappy), state(whole))
 
 
 def test_other_clippers_and_a_time():
@@ -350,6 +375,44 @@ def test_a_fit_goes_on_to_the_same_numbers(tmp_path, data, options):
     again = noisy()
     finished = fit(again, make(), checkpoint=path, **options)
     assert torch.equal(state(again), state(whole)) and finished.losses == expected.losses
+
+
+class Drawn(Dataset):
+    """Rows with noise of the global generator, or of their own."""
+
+    def __init__(self, generator=None):
+        self.x, self.generator = rows(), generator
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + 0.1 * torch.randn(2, generator=self.generator)
+
+
+def nested():
+    sampler = RandomSampler(range(240), generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(rows()), batch_sampler=BatchSampler(sampler, 48, True))
+
+
+RANDOM = {
+    "global": lambda: DataLoader(Drawn(), 48),
+    "own": lambda: DataLoader(Drawn(torch.Generator().manual_seed(5)), 48),
+    "nested": nested,
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_what_loaders_draw_goes_on_too(tmp_path, kind):
+    make, path = RANDOM[kind], tmp_path / "fit.pt"
+    whole, parted, held = small(), small(), RANDOM["own"]
+    options = dict(num_epochs=4, lr=0.01)
+    expected = fit(whole, make(), validation=held(), **options)
+    options["checkpoint"] = path
+    fit(small(), make(), validation=held(), callbacks=lambda h: len(h.records) == 2, **options)
+    history = fit(parted, make(), validation=held(), **options)
+    assert history.losses == expected.losses and history.valid_loss == expected.valid_loss
+    assert torch.equal(state(parted), state(whole))
 
 
 def test_ctrl_c_in_the_middle_of_an_epoch(tmp_path):

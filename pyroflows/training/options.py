@@ -53,6 +53,8 @@ class Options:
             raise ValueError(f"fit expects ema between 0 and 1; got {self.ema}")
         if not all(map(callable, self.callbacks)):
             raise TypeError(f"fit expects callbacks to be functions; got {self.callbacks!r:.80}")
+        if isinstance(self.clip_norm, type):
+            raise TypeError(f"fit: pass a clipper, {self.clip_norm.__name__}(), not its class")
         if not callable(self.clip_norm) and not self.clip_norm > 0:
             raise ValueError(f"fit expects a positive clip_norm; got {self.clip_norm}")
         for name in ("optimizer", "scheduler"):
@@ -62,6 +64,8 @@ class Options:
                     f"fit expects {name} to be a class or function that makes one, such as "
                     f"functools.partial(torch.optim.SGD, momentum=0.9); got {value!r:.80}"
                 )
+        if "lr" in getattr(self.optimizer, "keywords", {}):
+            raise ValueError("fit: pass lr to fit, which gives it to the optimizer")
         if self.optimizer is not None and self.weight_decay:
             raise ValueError("fit: give weight_decay to the optimizer that you pass")
 

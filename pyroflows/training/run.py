@@ -47,6 +47,7 @@ class Run:
             generator=generator,
             once=options.num_epochs == 1,
         )
+        self.rows = self.train.rows  # read now: random loaders then go on as they began
         broadcast(flow)
         clip = copy.deepcopy(options.clip_norm)  # what it has seen is of this fit
         self.steps = Steps(
@@ -105,10 +106,10 @@ class Run:
         try:
             self._offer(-1)
             if self.options.standardize and isinstance(flow, Flow):
-                standardize_by(flow, self.train.rows)
+                standardize_by(flow, self.rows)
             flow.train()
             with torch.no_grad():
-                rows = self.train.rows.part(slice(8 * self.train.batch_size))
+                rows = self.rows.part(slice(8 * self.train.batch_size))
                 flow.log_prob(*rows.to(flow)[:2])
             broadcast(flow)
             self._offer(-1)
@@ -203,7 +204,7 @@ class Run:
     @cached_property
     def _judges(self) -> list[Rows]:
         """Training rows that judge where none are held out."""
-        return list(self.train.rows.some(8192).to(self.flow).chunks())
+        return list(self.rows.some(8192).to(self.flow).chunks())
 
     def _offer(self, mark: int) -> float:
         """Score the state, averaged if it is to be, and keep it if it is the best."""
@@ -238,12 +239,16 @@ class Run:
         parts["scheduler"] = self.scheduler
         return {name: part for name, part in parts.items() if part is not None}
 
+    def _generators(self) -> list[torch.Generator]:
+        """What orders the rows of either part."""
+        return [g for s in (self.train, self.held) if s is not None for g in s.generators()]
+
     def _save(self, *, ended: bool = False) -> None:
         if self.checkpoint is None or self.rank:
             return
         self.checkpoint.save(
             parts={name: part.state_dict() for name, part in self._stateful().items()},
-            generators=[g.get_state() for g in self.train.generators()],
+            generators=[g.get_state() for g in self._generators()],
             random=random_state(),
             ended=ended,
         )
@@ -253,7 +258,7 @@ class Run:
         self._average()
         for name, part in self._stateful().items():
             part.load_state_dict(saved["parts"][name])
-        for generator, state in zip(self.train.generators(), saved["generators"], strict=True):
+        for generator, state in zip(self._generators(), saved["generators"], strict=True):
             generator.set_state(state)
         set_random_state(saved["random"])
         self.budget.spend(self.history.seconds)

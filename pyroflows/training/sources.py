@@ -159,7 +159,9 @@ class Loader:
         """Batches as the loader gives them."""
         count = 0
         for count, batch in enumerate(self.given, 1):
-            yield self._read(batch, count).to(self.flow)
+            rows = self._read(batch, count)
+            if len(rows.x):
+                yield rows.to(self.flow)
         self._refuse_nothing(count)
 
     def _refuse_nothing(self, count: int) -> None:
@@ -188,12 +190,14 @@ class Loader:
             raise type(error)(f"{error} (in {where})") from None
 
     def identity(self) -> str:
-        """The number of batches and the shape of a row."""
-        return f"{self.count()} batches of rows {tuple(self.rows.x.shape[1:])}"
+        """The number of batches, read or not."""
+        return f"{self.count()} batches"
 
     def generators(self) -> list[torch.Generator]:
-        """Those of a DataLoader and its sampler, where they have their own."""
-        owners = self.given, getattr(self.given, "sampler", None)
+        """Those of a DataLoader, its dataset and its samplers, where they have their own."""
+        names = "dataset", "sampler", "batch_sampler"
+        owners = [self.given, *(getattr(self.given, name, None) for name in names)]
+        owners.append(getattr(owners[-1], "sampler", None))
         found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(g): g for g in found if g is not None}.values())
 

@@ -137,6 +137,11 @@ class Steps:
             return self._record(*self._search(loss))
         value = self._differentiate(loss)
         usable = math.isfinite(value) and self.clip(self.parameters)
+        if not isinstance(usable, bool):
+            raise TypeError(
+                "a clipper must return whether the gradients are finite, True or False; "
+                f"{self.clip!r:.80} returned {usable!r:.80}"
+            )
         if usable:
             self.optimizer.step()
         return self._record(value, usable)
