@@ -95,6 +95,8 @@ def test_copies_are_seen(tables):
     copies = report.summary.loc["share of exact copies", "synthetic"]
     assert copies == pytest.approx(0.5, abs=0.06)
     assert "repeat training rows" in report.verdict
+    blind = compare(train, half, train=train).verdict  # real rows that are those of training
+    assert "100.0% are exact copies" in blind and "They are no copies" not in blind
 
 
 def test_a_model_reports_on_its_samples_in_words_tables_and_pictures(tables):

@@ -175,6 +175,11 @@ def _verdict(
             f" They repeat training rows: {copies[0]:.1%} are exact copies (real rows: "
             f"{copies[1]:.1%}), {close[0]:.1%} lie nearer to one than 95 % of real rows do."
         )
+    if copies[1] > 0.5:
+        return out + (
+            f" They repeat training rows no more than real ones, of which {copies[1]:.1%} are "
+            "exact copies: compare with rows that training did not see."
+        )
     return out + " They are no copies of training rows."
 
 
