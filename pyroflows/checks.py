@@ -1,12 +1,21 @@
 """What is refused, in the name of its owner: kinds, shapes and dtypes of values and contexts."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["broadcast_batch", "check_context", "check_kind", "check_value"]
+__all__ = ["broadcast_batch", "check_context", "check_kind", "check_value", "users_line"]
+
+
+def users_line() -> int:
+    """The ``stacklevel`` at which a warning points at the call from outside, past decorators."""
+    frame, level = inspect.currentframe(), 0
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in ("pyroflows", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_value(owner: str, value: Any, event_dim: int, expected: Sequence[int] | None) -> None:

@@ -39,6 +39,8 @@ def explanation(
         columns: How many are drawn, the most surprising ones.
         ax: Where to draw.
     """
+    from pyroflows.density.explain import shown
+
     if not len(explained):
         raise ValueError("there is no row to draw")
     row = explained.rows.idxmin() if row is None else row
@@ -53,11 +55,10 @@ def explanation(
     ax.set_yticks(range(len(tail)), [str(c) for c in tail.index], fontsize=8)
     for k, name in enumerate(tail.index):
         value = explained.table[(name, "value")].iloc[place]
-        said = f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
-        text = f" {said[:20]}   (expected {explained.range(place, name)})"
+        text = f" {shown(value)[:20]}   (expected {explained.range(place, name)})"
         ax.text(bars[k], k, text, va="center", fontsize=7)
     ticks = range(0, int(-np.log10(LEAST)) + 1, 2)
-    ax.set_xticks(ticks, [f"1e-{t}" if t else "1" for t in ticks])
+    ax.set_xticks(ticks, ["1", *(f"1e-{t}" for t in ticks[1:-1]), f"≤ 1e-{ticks[-1]}"])
     ax.set(
         xlim=(0, -2.2 * np.log10(LEAST)), xlabel="share of held-out rows at least as surprising"
     )

@@ -282,3 +282,19 @@ def test_an_explanation_is_a_table_with_the_types_of_the_cells(joint, table):
     for wrong in (dict(given="all"), dict(coverage=1.0)):
         with pytest.raises(ValueError, match="given|coverage"):
             joint.explain(few, **wrong)
+
+
+def test_days_are_shown_as_days():
+    days = pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(200) % 90, unit="D")
+    table = pd.DataFrame({"day": days, "clock": days + pd.to_timedelta(np.arange(200), unit="s")})
+    why = DensityEstimator(random_state=0, max_steps=20).fit(table).explain(table.head(5))
+    assert all(
+        ":" not in why.range(i, "day") and " to 2024-" in why.range(i, "day") for i in (0, 4)
+    )
+    assert ":" in why.range(4, "clock")
+    pytest.importorskip("matplotlib").use("agg")
+    ax = why.plot()
+    day = next(
+        t.get_text() for t in ax.texts if "2024" in t.get_text() and ":" not in t.get_text()
+    )
+    assert day.strip().startswith("2024-01-0") and ax.get_xticklabels()[-1].get_text() == "≤ 1e-6"

@@ -271,3 +271,14 @@ def test_the_clock_enters_the_schedule_only_where_it_cuts_it(monkeypatch):
     np.testing.assert_array_equal(quick.score_samples(frame), loaded.score_samples(frame))
     assert quick.history_["lr"].equals(loaded.history_["lr"])
     assert slow.history_["step"].max() < 12 < quick.history_["step"].max()
+
+
+def test_warnings_point_at_the_call(tmp_path):
+    table = pd.DataFrame({"id": range(200), "a": np.random.default_rng(0).normal(size=200)})
+    table.to_csv(tmp_path / "t.csv", sep=";", index=False, encoding="latin-1")
+    with pytest.warns(UserWarning, match="keys|max_time") as said:
+        model = DensityEstimator(random_state=0, max_time=0.01).fit(table)
+        model.partial_fit(table)
+        DensityEstimator(max_steps=2).fit_file(tmp_path / "t.csv")
+        model.impute(pd.DataFrame({"id": [10**7, 5], "a": [np.nan, 0.0]}))
+    assert len(said) > 3 and {w.filename for w in said} == {__file__}

@@ -254,8 +254,17 @@ def test_a_callable_makes_the_flow_and_comes_again_with_the_file(tmp_path):
         DensityEstimator.load(tmp_path / "m.safetensors")
     again = DensityEstimator.load(tmp_path / "m.safetensors", flow=make_small)
     np.testing.assert_allclose(again.score_samples(table), model.score_samples(table), atol=1e-10)
-    with pytest.raises(ValueError, match="expected shape"):
+    with pytest.raises(ValueError, match="another flow than flow= makes.*expected shape"):
         DensityEstimator.load(tmp_path / "m.safetensors", flow=lambda d, c: pf.maf(d, c))
+
+
+def test_a_file_that_needs_no_callable_refuses_one(mixed, tmp_path):
+    table, model = mixed
+    plain = DensityEstimator(max_steps=5).fit(table[["size"]].head(50))
+    for m, name in ((model, repr(model.flow)), (plain, "None")):
+        m.save(tmp_path / "m.safetensors")
+        with pytest.raises(ValueError, match=f"fitted with flow={name}: load it without flow="):
+            DensityEstimator.load(tmp_path / "m.safetensors", flow=make_small)
 
 
 def test_weights_count_as_repeated_rows():
@@ -360,9 +369,10 @@ def test_errors_say_what_to_do(mixed):
 
 def test_time_is_kept_and_said():
     table = mixed_table(4000)
-    with pytest.warns(UserWarning, match="max_time=1 s .*of its planned steps"):
+    with pytest.warns(UserWarning, match="max_time=1 s .* % of its planned steps") as said:
         model = DensityEstimator(flow="realnvp", random_state=0, max_time=1.0).fit(table)
     assert isinstance(model.engine_, FlowEngine)
+    assert {w.filename for w in said} == {__file__}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isfinite(model.score(table[:100]))

@@ -150,8 +150,8 @@ class ColumnsPass:
 class ColumnNets(nn.Module):
     r"""G independent residual networks over shared features, each seeing what its mask allows.
 
-    .. math:: h_0 = \phi(W_0 x + b_0), \quad h_{l} = h_{l-1} + \phi(W_l h_{l-1} + b_l), \quad out =
-    W h_L + V x + b
+    .. math:: h_0 = \phi(W_0 x + b_0), \quad h_{l} = h_{l-1} + \phi(W_l h_{l-1} + b_l), \quad
+        out = W h_L + V x + b
 
     The networks fall into groups with different numbers of outputs. All outputs are independent of
     the features at initialization.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyroflows.checks import users_line
 from pyroflows.density.conditionals import Labels
 from pyroflows.density.particles import Cloud, Particles, chunks, drawn, gaps
 from pyroflows.density.quadrature import enumerate_gaps
@@ -280,7 +281,7 @@ def _warn(c: Cloud, count: int, regions: Regions) -> None:
         warnings.warn(
             f"{int(c.dead.sum())} row(s) have observed cells outside the support of their column; "
             "their missing cells stay missing",
-            stacklevel=2,
+            stacklevel=users_line(),
         )
     few = (c.effective < min(max(count / 4, 2), 50)) & ~c.dead
     if few.any():
@@ -288,5 +289,5 @@ def _warn(c: Cloud, count: int, regions: Regions) -> None:
             f"the observed cells of {int(few.sum())} row(s) are so improbable given the cells "
             f"before them that the draws stand for {float(c.effective[few].min()):.0f} different "
             "ones only: condition on fewer cells, or fit a conditional model (target=, given=)",
-            stacklevel=2,
+            stacklevel=users_line(),
         )

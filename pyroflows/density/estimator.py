@@ -282,7 +282,7 @@ class DensityEstimator(Conventions):
             fit = engine.fit(table.cloned(), budget=budget, generator=self._generator())
         self.engine_, self.history_ = engine, _history(fit.history)
         self._calibrate(table, fit, 200 if budget.over() else 2000)
-        budget.warn(stacklevel=3)
+        budget.warn()
         return self
 
     def _forget(self) -> None:
@@ -322,7 +322,7 @@ class DensityEstimator(Conventions):
         table, budget = TrainingTable(self.schema_, values, weight, given), Budget(self.max_time)
         self.engine_.settings = self._settings()
         fit = self.engine_.partial_fit(table, budget=budget, generator=self._generator())
-        budget.warn(stacklevel=2)
+        budget.warn()
         self.history_ = pd.concat([self.history_, _history(fit.history)], ignore_index=True)
         self._calibrate(table, fit)
         return self

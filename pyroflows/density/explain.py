@@ -124,8 +124,10 @@ def calibrated(oddness: Oddness | None) -> Oddness:
 
 
 def shown(value: Any) -> str:
-    """A cell as text."""
-    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
+    """A cell as text; a day without its midnight."""
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.6g}"
+    return str(value).removesuffix(" 00:00:00")
 
 
 @dataclasses.dataclass

@@ -87,7 +87,11 @@ def load(kind: Any, path: Any, *, device: str = "cpu", flow: Any = None) -> Any:
     from safetensors.torch import load_file
 
     header = read_header(path)
-    if header.get("engine") == FlowEngine.tag and header.get("flow") is None and flow is None:
+    name = header.get("flow")
+    of_callable = header.get("engine") == FlowEngine.tag and name is None
+    if flow is not None and not of_callable:
+        raise ValueError(f"{path} was fitted with flow={name!r}: load it without flow=")
+    if of_callable and flow is None:
         raise ValueError(
             f"{path} was fitted with a callable flow=, which files do not hold: pass it again, "
             "DensityEstimator.load(path, flow=...)"
@@ -101,7 +105,8 @@ def load(kind: Any, path: Any, *, device: str = "cpu", flow: Any = None) -> Any:
         out = _estimator(kind, header, schema, engine.to(device))
         return out if flow is None else out.set_params(flow=flow)
     except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        what = "is damaged" if flow is None else "is of another flow than flow= makes, or damaged"
+        raise ValueError(f"{path} {what}: {error}") from error
 
 
 def _engine(tag: str) -> type[Engine]:

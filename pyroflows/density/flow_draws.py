@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from pyroflows.checks import users_line
 from pyroflows.density.engine import Engine, Settings, TrainingTable
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.training.budget import Budget
@@ -76,6 +77,6 @@ def weighted(
         warnings.warn(
             f"what is known of {poor} row(s) leaves few effective draws: condition on "
             "fewer cells, or fit a conditional model (target=, given=)",
-            stacklevel=5,
+            stacklevel=users_line(),
         )
     return torch.cat(out)

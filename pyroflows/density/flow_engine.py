@@ -103,7 +103,7 @@ class FlowEngine(Engine):
         share = self._share(budget)
         self.labels.fit(table, self.settings, share, generator=generator)
         for cut in share.cuts:
-            budget.tell(f"{cut} (of labels)")
+            budget.tell(f"{cut} for the labels")
         shape = len(self.numbers.columns), self.numbers.context_dim
         self.sizes = sizes_for(self.make, table.size, *shape)
         with seeded(generator.initial_seed() % 2**32):

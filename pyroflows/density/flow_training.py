@@ -272,7 +272,7 @@ def fit_flow(
         max_time=max(budget.limit - budget.seconds(), 0.1) if budget.limit < math.inf else None,
     )
     if history.stopped == "max_time":
-        share = history.num_steps / max(1, plan.steps)
-        budget.tell(f"ended the fit at {share:.0%} of its planned steps")
+        share = 100 * history.num_steps / max(1, plan.steps)
+        budget.tell(f"ended the fit at {share:.0f} % of its planned steps for the numbers")
     entries = [{**r, "valid": shift - r.get("valid", math.nan)} for r in history.records]
     return Fit([dict(r, train=-r["train"]) for r in entries], held)

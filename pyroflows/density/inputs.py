@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroflows.checks import users_line
 from pyroflows.density.engine import Engine
 from pyroflows.tables import Schema, as_frame
 from pyroflows.tables.conditions import as_events, read_conditions
@@ -143,7 +144,7 @@ class Inputs:
             warnings.warn(
                 f"X does not have valid feature names, but {self.owner} "
                 "was fitted with feature names",
-                stacklevel=4,
+                stacklevel=users_line(),
             )
 
     def _check_names(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -154,7 +155,7 @@ class Inputs:
             return frame
         warnings.warn(
             f"X has feature names, but {self.owner} was fitted without feature names",
-            stacklevel=4,
+            stacklevel=users_line(),
         )
         return frame.set_axis(want, axis=1) if len(have) == len(want) else frame
 
@@ -212,7 +213,7 @@ def read_schema(
         rows = {c: int(where.sum()) for c, where in half.items()}
         warnings.warn(
             f"cells that a constraint ties to a missing one tell the fit nothing: {rows}",
-            stacklevel=4,
+            stacklevel=users_line(),
         )
     return schema, given
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from pyroflows.checks import users_line
 from pyroflows.density.engine import Shards
 from pyroflows.tables import Schema
 from pyroflows.training.parallel import rank_and_world
@@ -256,7 +257,7 @@ class _Text:
             warnings.warn(
                 f"{path}: {zeros} are read as text, since their numbers begin with zeros; "
                 "dtype={name: float} reads them as numbers",
-                stacklevel=4,
+                stacklevel=users_line(),
             )
         self._as_text(zeros)
 
@@ -273,7 +274,7 @@ class _Text:
             warnings.warn(
                 f"{self._files[0][0]} is not UTF-8; it is read as Windows-1252. "
                 "If that is wrong, pass encoding=",
-                stacklevel=5,
+                stacklevel=users_line(),
             )
             self._options["encoding"] = "cp1252"
             return read()
@@ -303,7 +304,7 @@ class _Text:
             warnings.warn(
                 f"{file}: the first line looks like data, not like names: {found[:5]}; "
                 "for a file without names pass header=None",
-                stacklevel=5,
+                stacklevel=users_line(),
             )
         return found
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroflows.checks import users_line
 from pyroflows.density.engine import Shards
 from pyroflows.density.model import Rows, TableModel
 from pyroflows.training.budget import Budget
@@ -154,7 +155,7 @@ def train(
         warnings.warn(
             f"fit was interrupted after {steps.count} of {plan.steps} steps and keeps its best "
             "state",
-            stacklevel=6,
+            stacklevel=users_line(),
         )
     bar.close()
     with average.swapped():

@@ -16,13 +16,13 @@ def rational_quadratic(
     Args:
         z: x, or y if ``inverse``; any shape. Beyond the bin counts as its nearer end.
         ends: x and y (first axis) of the lower and the upper end of the bin (second axis);
-            shape (2, 2, *shape).
-        slopes: Positive dy/dx at both ends; shape (2, *shape).
+            shape ``(2, 2, *shape)``.
+        slopes: Positive dy/dx at both ends; shape ``(2, *shape)``.
         inverse: The direction.
 
     Returns:
         The output, the log-slope of this direction, ξ, η = 1 - ξ, and the slopes over the mean
-        slope of the bin, shape (2, *shape).
+        slope of the bin, shape ``(2, *shape)``.
     """
     lower, upper = ends.unbind(1)
     (x0, y0), (w, h) = lower.unbind(), (upper - lower).unbind()

@@ -98,8 +98,8 @@ class Spline:
         Args:
             z: Input, clamped to the box; any shape.
             ends: x and y (first axis) of the lower and the upper end of the bin (second axis);
-                shape (2, 2, *shape).
-            raw_slopes: Unbounded log-slopes at both ends; shape (2, *shape).
+                shape ``(2, 2, *shape)``.
+            raw_slopes: Unbounded log-slopes at both ends; shape ``(2, *shape)``.
             *raw_bin: Further values of the bin, of the shape of ``z``.
             inverse: The direction.
 
@@ -121,8 +121,8 @@ class Spline:
     ) -> tuple[Tensor, ...]:
         """Gradients of g_out · out + g_log · log_slope, one for each tensor given to `in_bin`.
 
-        Gradients are named g_ and what they belong to. Read backwards, the map is implicit: out
-        solves y(out) = z, and log_slope is -log y'(out). So g_out turns into a gradient of y,
+        Gradients are named ``g_`` and what they belong to. Read backwards, the map is implicit:
+        out solves y(out) = z, and log_slope is -log y'(out). So g_out turns into a gradient of y,
         g_y = -(g_out + ...) / y', and from there on both directions are one.
 
         Args:

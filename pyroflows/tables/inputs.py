@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyroflows.checks import users_line
 from pyroflows.tables.columns import Column
 from pyroflows.tables.schema import Schema
 
@@ -99,7 +100,7 @@ def possible(
         warnings.warn(
             f"{int((~good).sum())} of {len(good)} rows cannot be conditioned on and get missing "
             f"cells: {'; '.join(said)}",
-            stacklevel=4,
+            stacklevel=users_line(),
         )
     return good
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyroflows.checks import users_line
 from pyroflows.tables.columns import Column
 from pyroflows.tables.constraints import Parsed, Relation, in_words, parse_constraint
 from pyroflows.tables.frames import read_table
@@ -142,7 +143,7 @@ class Schema:
                 warnings.warn(
                     f"constraint {c.source!r} is between given columns only: the model has no say "
                     "in them, so that rows which break it are taken as they come",
-                    stacklevel=5,
+                    stacklevel=users_line(),
                 )
         self._related = self._sorted()
         for name in self._related:
@@ -395,7 +396,7 @@ def _warn(column: Column, series: pd.Series) -> None:
     found = suspicion(canonical(series)[0], labels)
     if found is None:
         return
-    warnings.warn(f"column {column.name!r} has {found}", stacklevel=5)
+    warnings.warn(f"column {column.name!r} has {found}", stacklevel=users_line())
 
 
 def as_frame(x: Any, names: Sequence[Any] | None = None) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from pyroflows.checks import users_line
 from pyroflows.training.parallel import agreed
 
 __all__ = ["Budget"]
@@ -63,10 +64,10 @@ class Budget:
         if cut not in self.cuts:
             self.cuts.append(cut)
 
-    def warn(self, *, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Say what was cut, if anything."""
         if self.cuts:
             warnings.warn(
                 f"max_time={self.limit:g} s {' and '.join(self.cuts)}; more time would help",
-                stacklevel=stacklevel + 1,
+                stacklevel=users_line(),
             )
