@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import pyroflows as pf
 from pyroflows.density import DensityEstimator
@@ -240,6 +242,29 @@ def test_a_fresh_process_loads_the_same_model(mixed, tmp_path):
     )
     np.testing.assert_allclose(np.load(names[2]), model.score_samples(table[:100]), atol=1e-10)
     assert out.stdout.strip() == repr(model.sample(3, random_state=0).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("marginal1.xi"), "'marginal1.xi' is missing"),
+        (
+            lambda t: t.update({"marginal0.slopes": t["marginal0.slopes"][1:]}),
+            "'marginal0.slopes'",
+        ),
+        (lambda t: t.update({"marginal2.xi": t["marginal1.xi"].clone()}), "belong nowhere"),
+    ],
+)
+def test_damaged_maps_of_numbers_are_refused_by_name(mixed, tmp_path, change, message):
+    path = tmp_path / "m.safetensors"
+    mixed[1].save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+    with pytest.raises(ValueError, match=rf"is damaged: .*{message}"):
+        DensityEstimator.load(path)
 
 
 def make_small(input_dim, context_dim):
