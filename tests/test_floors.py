@@ -172,7 +172,10 @@ def test_every_file_says_what_it_exports():
 
 @pytest.mark.parametrize(
     ("application", "needs"),
-    [("density", {"families", "conditioners", "flow", "training", "weights"})],
+    [
+        ("density", {"families", "conditioners", "flow", "training", "weights"}),
+        ("guides", {"bijection", "packed", "recipes", "store", "training", "weights"}),
+    ],
 )
 def test_applications_stand_on_the_house(application, needs):
     used = {

@@ -20,7 +20,8 @@ from pyroflows import (
     neural_spline,
 )
 from pyroflows.guides import flow_mcmc
-from pyroflows.guides.elbo import bound, outside_term, shares
+from pyroflows.guides.elbo import outside_term, shares
+from pyroflows.weights import bound
 
 
 def funnel():

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyroflows.guides.messages import is_discrete
 from pyroflows.weights import OUTSIDE, bound
 
-__all__ = ["PathGradientELBO", "bound", "outside_term", "shares"]
+__all__ = ["PathGradientELBO", "outside_term", "shares"]
 
 
 def shares(

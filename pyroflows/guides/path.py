@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pyroflows.guides.autoflow import AutoFlow
-from pyroflows.guides.elbo import bound, outside_term, shares
+from pyroflows.guides.elbo import outside_term, shares
 from pyroflows.guides.gaussian import normal_points
 from pyroflows.training import History, MedianNorm, Schedule, Steps, make_adam
 from pyroflows.training.steps import Optimize
+from pyroflows.weights import bound
 
 __all__ = ["BasePoints", "PathGradient", "flow_groups", "guide_schedule", "guide_steps"]
 

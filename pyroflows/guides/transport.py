@@ -20,7 +20,7 @@ from pyroflows.transforms.linear import TriangularAffine
 
 __all__ = ["FLOW_UNIT", "Whitening", "make_transport", "start_vector"]
 
-# what earlier versions had here: imports of users, and classes that their pickles name
+# old imports, and classes that old pickles name
 _MOVED = (Chain, PackedParameters, Transport, posterior_flow, who_moves)
 
 #: What 1 in the vector is worth in the flow's own parameters: a rate good for b is far too large
