@@ -233,6 +233,12 @@ class CDF:
 
     family: Family
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.family, "logit_cdf"):
+            raise TypeError(
+                f"CDF expects a family, such as LogisticMixture(8); got {self.family!r}"
+            )
+
     @property
     def num_params(self) -> int:
         """Those of the family."""

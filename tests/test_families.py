@@ -228,3 +228,8 @@ def test_old_place_of_chains():
     assert transport.Chain is Chain
     chain = Chain(Affine(), CDF(FAMILY))
     assert chain.num_params == 11
+
+
+def test_only_a_family_makes_a_map():
+    with pytest.raises(TypeError, match=r"CDF expects a family.*got Normal\(loc"):
+        CDF(torch.distributions.Normal(0.0, 1.0))
