@@ -82,6 +82,8 @@ def test_a_number_is_predicted_by_its_conditional_mean(joint, table):
     got = joint.predict(few, "mark")
     np.testing.assert_allclose(got, joint.predict(rest))
     np.testing.assert_allclose(got, joint.mean(rest)["mark"], atol=1e-9)  # exact: the last column
+    for found in (joint.mean(rest), joint.quantile(rest), joint.interval(rest)):
+        assert found.index.equals(rest.index)
     shift = few["kind"].map({"rose": 0.0, "lily": 2.0, "iris": -2.0}).astype(float)
     assert np.corrcoef(got, 10 + shift)[0, 1] > 0.8
 

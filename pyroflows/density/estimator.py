@@ -450,8 +450,8 @@ class DensityEstimator(Conventions):
         Point masses and lattice cells are spread uniformly over their jump. With a flow, of the
         noise that makes a row's numbers; see :meth:`transform`.
         """
-        values = self._inputs.values(X)
-        return pit(self._ready(), values, self._generator(random_state))
+        frame = self._inputs.frame(X)
+        return pit(self._ready(), frame, self._generator(random_state))
 
     # ------------------------------------------------------------------ samples
 

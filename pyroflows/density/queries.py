@@ -138,7 +138,7 @@ def quantiles(
         for level, x in zip(levels, found, strict=True):
             name = (column.name, float(level)) if np.ndim(q) else column.name
             out[name] = _times(column, given.spread(x))
-    frame = pd.DataFrame(out)
+    frame = pd.DataFrame(out, index=given.frame.index)
     if np.ndim(q):
         frame.columns = pd.MultiIndex.from_tuples(frame.columns, names=["column", "q"])
     return frame
@@ -165,28 +165,30 @@ def means(given: Evidence, *, draws: int, generator: torch.Generator) -> pd.Data
         filled = schema.natural(filled)
     columns = {j: schema.columns[j] for j in places}
     return pd.DataFrame(
-        {c.name: _times(c, given.spread(filled[:, j])) for j, c in columns.items()}
+        {c.name: _times(c, given.spread(filled[:, j])) for j, c in columns.items()},
+        index=given.frame.index,
     )
 
 
-def pit(engine: Engine, values: Tensor, generator: torch.Generator) -> pd.DataFrame:
+def pit(engine: Engine, frame: pd.DataFrame, generator: torch.Generator) -> pd.DataFrame:
     """Probability integral transforms of the number targets.
 
     Of exact conditionals; of a flow, normal distribution functions of its noise.
     """
     import pandas as pd
 
+    values, index = torch.from_numpy(engine.schema.encode(frame)), frame.index
     if isinstance(engine, FlowEngine):
         names = [engine.schema.columns[j].name for j in engine.numbers.columns]
         u = torch.rand(len(values), len(names), generator=generator, dtype=values.dtype)
         share = torch.special.ndtr(engine.noise(values, u))
-        return pd.DataFrame(share.numpy(), columns=names)
+        return pd.DataFrame(share.numpy(), index=index, columns=names)
     out = {}
     for j, law in engine.conditionals(values):
         if isinstance(law, Numbers):
             u = torch.rand(len(values), generator=generator, dtype=values.dtype)
             out[engine.schema.columns[j].name] = law.pit(values[:, j], u).numpy()
-    return pd.DataFrame(out)
+    return pd.DataFrame(out, index=index)
 
 
 def _alone(engine: Engine, values: Tensor) -> int | None:
