@@ -1,6 +1,7 @@
 """Fitting: known posteriors, the path gradient, minibatches, other objectives, chains."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -386,3 +387,16 @@ def test_fit_of_the_importance_weighted_bound():
     assert not result.reverted
     assert abs(result.diagnostics.log_evidence) < 0.03
     assert result.diagnostics.effective_sample_size > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        (dict(callbacks=[3]), TypeError, "callbacks to be functions"),
+        (dict(optimizer=pyro.optim.Adam({"lr": 0.1})), TypeError, "functools.partial"),
+        (dict(optimizer=partial(torch.optim.SGD, lr=0.1)), ValueError, "pass lr to fit_guide"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        fit_guide(banana, AutoFlow(banana), progress=False, **options)

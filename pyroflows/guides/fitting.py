@@ -32,6 +32,7 @@ from pyroflows.guides.path import (
 from pyroflows.guides.prefit import prefit
 from pyroflows.guides.saving import SavedGuide
 from pyroflows.training import Best, Budget, History, Steps, progress_bar, seeded
+from pyroflows.training.options import refuse_uncallable
 from pyroflows.training.steps import Optimize
 from pyroflows.weights import WeightSummary, summarize_weights
 
@@ -117,6 +118,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"fit_guide: {name} must be positive; got {value}")
+        refuse_uncallable("fit_guide", self.callbacks, self.optimizer)
         self.budget = Budget(self.max_time)
 
     def steps(
@@ -162,7 +164,7 @@ def fit_guide(
     max_gradients: int | None = None,
     max_time: float | None = None,
     callback: Callable[[int, float], object] | None = None,
-    callbacks: Callback | Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] | None = (),
     optimizer: Optimize | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -248,7 +250,7 @@ def fit_guide(
         max_time=max_time,
         progress=progress,
         callback=callback,
-        callbacks=[callbacks] if callable(callbacks) else list(callbacks),
+        callbacks=[callbacks] if callable(callbacks) else list(callbacks or ()),
         optimizer=optimizer,
     )
     with seeded(seed):

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.optim import PyroOptim
 
 from pyroflows.training.checkpoint import described
 from pyroflows.training.clipping import Clip
 from pyroflows.training.history import History
 from pyroflows.training.steps import Optimize
 
-__all__ = ["Callback", "Options"]
+__all__ = ["Callback", "Options", "refuse_uncallable"]
 
 Callback = Callable[[History], object]
+
+
+def refuse_uncallable(
+    who: str, callbacks: Sequence[Callback], optimizer: Any, scheduler: Any = None
+) -> None:
+    """Raise an error if something cannot be called as fits call it.
+
+    Raises:
+        TypeError: If it is no function or class; optimizers already made are none.
+        ValueError: If the optimizer has a rate of its own, which that of the fit would replace.
+    """
+    if not all(map(callable, callbacks)):
+        raise TypeError(f"{who} expects callbacks to be functions; got {callbacks!r:.80}")
+    for name, value in dict(optimizer=optimizer, scheduler=scheduler).items():
+        if value is not None and (not callable(value) or isinstance(value, PyroOptim)):
+            raise TypeError(
+                f"{who} expects {name} to be a class or function that makes one, such as "
+                f"functools.partial(torch.optim.SGD, momentum=0.9); got {value!r:.80}"
+            )
+    if "lr" in getattr(optimizer, "keywords", {}):
+        raise ValueError(f"{who}: pass lr to {who}, which gives it to the optimizer")
 
 
 @dataclass(kw_only=True)
@@ -51,21 +73,11 @@ class Options:
             raise ValueError(f"fit expects a positive max_time; got {self.max_time}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"fit expects ema between 0 and 1; got {self.ema}")
-        if not all(map(callable, self.callbacks)):
-            raise TypeError(f"fit expects callbacks to be functions; got {self.callbacks!r:.80}")
         if isinstance(self.clip_norm, type):
             raise TypeError(f"fit: pass a clipper, {self.clip_norm.__name__}(), not its class")
         if not callable(self.clip_norm) and not self.clip_norm > 0:
             raise ValueError(f"fit expects a positive clip_norm; got {self.clip_norm}")
-        for name in ("optimizer", "scheduler"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                raise TypeError(
-                    f"fit expects {name} to be a class or function that makes one, such as "
-                    f"functools.partial(torch.optim.SGD, momentum=0.9); got {value!r:.80}"
-                )
-        if "lr" in getattr(self.optimizer, "keywords", {}):
-            raise ValueError("fit: pass lr to fit, which gives it to the optimizer")
+        refuse_uncallable("fit", self.callbacks, self.optimizer, self.scheduler)
         if self.optimizer is not None and self.weight_decay:
             raise ValueError("fit: give weight_decay to the optimizer that you pass")
 
