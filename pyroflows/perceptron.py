@@ -7,7 +7,8 @@ first large product. Where that operator is absent, disagrees with the plain pro
 or does not apply (other devices and dtypes, small products), the plain product is used.
 
 The gradient is written out. Second derivatives, batches of gradients, torch.func transforms,
-forward-mode differentiation, torch.compile and autocast go by the plain formula.
+forward-mode differentiation, torch.compile and autocast go by the plain formula, and so do small
+networks, where going through Python costs more than the arithmetic.
 """
 
 import functools
@@ -26,6 +27,7 @@ __all__ = ["perceptron"]
 Layers = Sequence[tuple[Tensor, Tensor]]
 
 _WORTH_IT = 1 << 18  # multiply-adds from which oneDNN is faster than the shorter way to MKL
+_SMALL, _LARGE = 1 << 22, 1 << 25  # of a network: where ours pays with oneDNN, and without
 
 
 def perceptron(
@@ -45,9 +47,15 @@ def perceptron(
         Shape ``(batch, outputs)``, or its transpose.
     """
     weights, biases = zip(*layers, strict=True)
-    if _applies(x) and all(w.dtype == x.dtype for w in weights):
+    if _is_large(x, weights) and _applies(x) and all(w.dtype == x.dtype for w in weights):
         return _Perceptron.apply(x, shift, feature_major, *weights, *biases)
     return _plain(x, shift, feature_major, *weights, *biases)
+
+
+def _is_large(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether time and memory saved outweigh some 80 µs of Python."""
+    work = x.shape[0] * sum(w.numel() for w in weights)
+    return work >= _LARGE or (work >= _SMALL and _onednn_pays())
 
 
 def _applies(tensor: Tensor) -> bool:
@@ -58,9 +66,9 @@ def _plain(x: Tensor, shift: Tensor | None, feature_major: bool, *parameters: Te
     n = len(parameters) // 2
     weights, biases = parameters[:n], parameters[n:]
     h = torch.addmm(biases[0], x, weights[0])
-    h = (h if shift is None else h + shift).relu()
+    h = (h if shift is None else h + shift).relu_()
     for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
-        h = torch.addmm(bias, h, weight).relu()
+        h = torch.addmm(bias, h, weight).relu_()
     if feature_major:
         return torch.addmm(biases[-1].unsqueeze(-1), weights[-1].t(), h.t())
     return torch.addmm(biases[-1], h, weights[-1])

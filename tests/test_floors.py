@@ -154,7 +154,8 @@ def calls(path):
 def test_one_loop_calls_an_optimizers_step_and_one_module_clips():
     stepping = {m for m, p in MODULES.items() if any("optimizer.step" in c for c in calls(p))}
     assert stepping == {"pyroflows.training.steps", "pyroflows.guides.climbing"}  # L-BFGS there
-    clipping = {m for m, p in MODULES.items() if any("clip_grad" in c for c in calls(p))}
+    norms = ("clip_grad", "_foreach_norm", "get_total_norm")
+    clipping = {m for m, p in MODULES.items() if any(n in c for c in calls(p) for n in norms)}
     assert clipping == {"pyroflows.training.clipping"}
 
 
@@ -189,8 +190,9 @@ def test_applications_stand_on_the_house(application, needs):
 
 # Names with an underscore that are not ours: Python's, torch's and Pyro's own.
 FOREIGN = {
-    "_C", "_base", "_buffers", "_constraints", "_current_level", "_foreach_lerp_", "_functorch",
-    "_are_functorch_transforms_active", "_get_tracing_state", "_linear_pointwise", "_mask",
+    "_C", "_base", "_buffers", "_constraints", "_current_level", "_foreach_lerp_",
+    "_foreach_norm", "_functorch", "_are_functorch_transforms_active", "_get_tracing_state",
+    "_linear_pointwise", "_mask",
     "_modules", "_non_persistent_buffers_set", "_param_to_name", "_parameters", "_params",
     "_pyro_dims", "_setup_prototype", "_stack", "_validate_args", "_version",
 }  # fmt: skip

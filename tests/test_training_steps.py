@@ -139,6 +139,30 @@ def test_max_norm_scales_to_the_norm():
     assert not MaxNorm(1.0)([p, q])
 
 
+@pytest.mark.parametrize("limit", [0.5, 3.0, 100.0, math.inf])
+def test_gradients_are_scaled_as_pytorch_scales_them(limit):
+    torch.manual_seed(0)
+    ours = [
+        torch.randn(n, dtype=d, requires_grad=True)
+        for n, d in [
+            (12, torch.float32),
+            (2, torch.float64),
+            (0, torch.float32),
+            (3, torch.float32),
+        ]
+    ]
+    for t in ours[:3]:
+        t.grad = torch.randn_like(t)
+    theirs = [t.grad.clone() for t in ours[:3]]
+    holders = [torch.nn.Parameter(g.clone()) for g in theirs]
+    for holder, grad in zip(holders, theirs, strict=True):
+        holder.grad = grad
+    assert MaxNorm(limit)(ours)
+    torch.nn.utils.clip_grad_norm_(holders, limit)
+    for t, holder in zip(ours, holders, strict=False):
+        assert torch.equal(t.grad, holder.grad)
+
+
 def test_median_norm_follows_the_median():
     clip, p = MedianNorm(2.0, window=5, after=3), parameter(0.0)
     kept = []

@@ -188,7 +188,8 @@ class TriangularAffine(AxisBijection):
         loc, packed = entries.split([self.size, entries.shape[-1] - self.size], -1)
         raw = self.triangle(packed)
         log_diagonal = soft_bound(raw.diagonal(dim1=-2, dim2=-1), self.bound)
-        return loc, raw.tril(-1) + log_diagonal.exp().diag_embed(), log_diagonal
+        scale_tril = raw.diagonal_scatter(log_diagonal.exp(), dim1=-2, dim2=-1)
+        return loc, scale_tril, log_diagonal
 
     @property
     def loc(self) -> Tensor:
