@@ -27,6 +27,7 @@ __all__ = ["perceptron"]
 Layers = Sequence[tuple[Tensor, Tensor]]
 
 _WORTH_IT = 1 << 18  # multiply-adds from which oneDNN is faster than the shorter way to MKL
+_FEW_ROWS = 256  # up to which the formula's gradients are rounded alike
 _SMALL, _LARGE = 1 << 22, 1 << 25  # of a network: where ours pays with oneDNN, and without
 
 
@@ -53,7 +54,9 @@ def perceptron(
 
 
 def _is_large(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether time and memory saved outweigh some 80 µs of Python."""
+    """Whether there are many rows, or what is saved outweighs some 80 µs of Python."""
+    if x.shape[0] > _FEW_ROWS:
+        return True
     work = x.shape[0] * sum(w.numel() for w in weights)
     return work >= _LARGE or (work >= _SMALL and _onednn_pays())
 
