@@ -74,7 +74,17 @@ def test_the_estimator_asks_nothing_but_the_engine():
     gaps = table.head(5).assign(a=np.nan)
     np.testing.assert_allclose(model.impute(gaps, method="mean")["a"], loc["a"])
     assert model.predict_outliers(table, 0.05).mean() == pytest.approx(0.05, abs=0.01)
+    at = torch.tensor(table.to_numpy())  # independent numbers: their distribution functions
+    model.engine_.pit = lambda x, *, generator: dict(enumerate(model.engine_.normal.cdf(x).T))
+    np.testing.assert_allclose(model.pit(table), model.engine_.normal.cdf(at))
+    del model.engine_.pit
     assert model.pit(table).empty  # this engine has no exact conditionals
+    assert model.engine_.exact is None
+    with pytest.raises(ValueError, match="which Normals has not"):
+        model.explain(table)
+    with pytest.raises(AttributeError, match="transform needs a flow"):
+        model.set_params(flow="maf").transform(table)  # was fitted without
+    model.set_params(flow=None)
     with pytest.raises(AttributeError, match="Normals has no model_"):
         model.model_  # noqa: B018
 

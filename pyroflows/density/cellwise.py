@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pyroflows.density.engine import Engine
-from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
 from pyroflows.density.particles import gaps
 from pyroflows.tables.inputs import check_half_known
@@ -26,12 +25,12 @@ def exact_model(engine: Engine, what: str) -> TableModel:
     Raises:
         ValueError: For another engine, saying what to do.
     """
-    if not isinstance(engine, MixedEngine):
+    if engine.exact is None:
         raise ValueError(
             f"{what} needs the exact conditionals of the default engine, which "
             f"{type(engine).__name__} has not; fit a DensityEstimator(flow=None) for it"
         )
-    return engine.model
+    return engine.exact
 
 
 def target_names(model: TableModel) -> list[object]:

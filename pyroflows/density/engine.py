@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from pyroflows.density.conditionals import Conditional
+from pyroflows.density.conditionals import Conditional, Numbers
 from pyroflows.tables import Schema
 from pyroflows.tables.conditions import Condition
 from pyroflows.training.budget import Budget
+
+if TYPE_CHECKING:
+    from pyroflows.density.model import TableModel
 
 __all__ = ["Engine", "Fit", "Settings", "TrainingTable"]
 
@@ -116,6 +119,11 @@ class Engine(Protocol):
     order: list[int]
     num_given: int
 
+    @property
+    def exact(self) -> TableModel | None:
+        """The model of every column's exact conditional, where the engine is one."""
+        return None
+
     def fit(self, table: TrainingTable, *, budget: Budget, generator: torch.Generator) -> Fit:
         """Fit within the budget; its first history entry is that of step 0."""
         ...
@@ -200,6 +208,18 @@ class Engine(Protocol):
         """The distribution of column j of the schema given the cells before it, where exact."""
         return next((law for i, law in self.conditionals(values) if i == j), None)
 
+    def pit(self, values: Tensor, *, generator: torch.Generator) -> dict[int, Tensor]:
+        """Uniform numbers, if the model is right, of columns of the schema, shape (N,) each.
+
+        Here the probability integral transforms of numbers with exact conditionals; jumps are
+        spread uniformly.
+        """
+        return {
+            j: law.pit(values[:, j], _uniform(len(values), generator))
+            for j, law in self.conditionals(values)
+            if isinstance(law, Numbers)
+        }
+
     def smooth_log_prob(self, values: Tensor) -> Tensor:
         """Log-density of complete rows of numbers, shape (N,), differentiable in them.
 
@@ -237,3 +257,7 @@ class Engine(Protocol):
                 taken.
         """
         ...
+
+
+def _uniform(n: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(n, generator=generator, dtype=torch.float64)

@@ -165,9 +165,9 @@ class DensityEstimator(Conventions):
     def model_(self) -> TableModel:
         """The fitted model of the default engine."""
         engine = self._ready()
-        if not isinstance(engine, MixedEngine):
+        if engine.exact is None:
             raise AttributeError(f"{type(engine).__name__} has no model_; see engine_")
-        return engine.model
+        return engine.exact
 
     def _ready(self) -> Engine:
         if not hasattr(self, "engine_"):
@@ -653,10 +653,11 @@ class DensityEstimator(Conventions):
         return self._wrapped(rows_of(engine, noise, frame))
 
     def _flow_engine(self, what: str) -> FlowEngine:
-        if self.flow is None:
-            raise AttributeError(f"{what} needs a flow: DensityEstimator(flow='neural_spline')")
-        engine = self._ready()
-        assert isinstance(engine, FlowEngine)
+        engine = None if self.flow is None else self._ready()
+        if not isinstance(engine, FlowEngine):
+            raise AttributeError(
+                f"{what} needs a flow: fit a DensityEstimator(flow='neural_spline')"
+            )
         return engine
 
     # ------------------------------------------------------------------ reports and files

@@ -251,6 +251,13 @@ class FlowEngine(Engine):
         low, high = cells.bounds.tolist()
         return low, high
 
+    def pit(self, values: Tensor, *, generator: torch.Generator) -> dict[int, Tensor]:
+        """Normal distribution functions of the noise that makes the numbers."""
+        columns = self.numbers.columns
+        u = torch.rand(len(values), len(columns), generator=generator, dtype=values.dtype)
+        share = torch.special.ndtr(self.noise(values, u))
+        return dict(zip(columns, share.T, strict=True))
+
     # ------------------------------------------------------------------ draws
 
     @torch.no_grad()

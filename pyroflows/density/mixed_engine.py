@@ -44,6 +44,11 @@ class MixedEngine(Engine):
         self.model, self.schema = model, model.schema
         self.order, self.num_given = model.order, model.num_given
 
+    @property
+    def exact(self) -> TableModel:
+        """The model itself."""
+        return self.model
+
     def fit(self, table: TrainingTable, *, budget: Budget, generator: torch.Generator) -> Fit:
         """Cells, simple models, networks, and what held-out rows say of them."""
         model, fit = fit_mixed(table, self.settings, budget, generator)

@@ -171,24 +171,13 @@ def means(given: Evidence, *, draws: int, generator: torch.Generator) -> pd.Data
 
 
 def pit(engine: Engine, frame: pd.DataFrame, generator: torch.Generator) -> pd.DataFrame:
-    """Probability integral transforms of the number targets.
-
-    Of exact conditionals; of a flow, normal distribution functions of its noise.
-    """
+    """Probability integral transforms of the number targets, one column each."""
     import pandas as pd
 
-    values, index = torch.from_numpy(engine.schema.encode(frame)), frame.index
-    if isinstance(engine, FlowEngine):
-        names = [engine.schema.columns[j].name for j in engine.numbers.columns]
-        u = torch.rand(len(values), len(names), generator=generator, dtype=values.dtype)
-        share = torch.special.ndtr(engine.noise(values, u))
-        return pd.DataFrame(share.numpy(), index=index, columns=names)
-    out = {}
-    for j, law in engine.conditionals(values):
-        if isinstance(law, Numbers):
-            u = torch.rand(len(values), generator=generator, dtype=values.dtype)
-            out[engine.schema.columns[j].name] = law.pit(values[:, j], u).numpy()
-    return pd.DataFrame(out, index=index)
+    values = torch.from_numpy(engine.schema.encode(frame))
+    told = engine.pit(values, generator=generator)
+    names = {engine.schema.columns[j].name: u.numpy() for j, u in told.items()}
+    return pd.DataFrame(names, index=frame.index)
 
 
 def _alone(engine: Engine, values: Tensor) -> int | None:

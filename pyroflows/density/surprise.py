@@ -21,7 +21,6 @@ from pyroflows.density.cellwise import exact_model
 from pyroflows.density.columns import LabelCells, NumberCells
 from pyroflows.density.conditionals import Labels, Numbers
 from pyroflows.density.engine import Engine, Fit, TrainingTable
-from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
 from pyroflows.density.others import Reweighted
 from pyroflows.density.particles import Particles
@@ -227,17 +226,18 @@ def oddness_of(
 
     None for an engine without exact conditionals.
     """
-    if not isinstance(engine, MixedEngine):
+    model = engine.exact
+    if model is None:
         return None
     held = (fit.held if len(fit.held) else torch.arange(len(table)))[:rows]
     values, weight = table.values[held], table.weight[held]
     fold = torch.full((len(held),), -1)
     if len(fit.held) and fit.fold is not None:
         fold = fit.fold[:rows]
-    odd = torch.empty(len(values), len(engine.model.targets), dtype=torch.float64)
+    odd = torch.empty(len(values), len(model.targets), dtype=torch.float64)
     for m in fold.unique().tolist():
         mine, member = fold == m, m if m >= 0 else None
-        odd[mine] = surprises(engine.model, values[mine], pattern=pattern, member=member)
+        odd[mine] = surprises(model, values[mine], pattern=pattern, member=member)
     return Oddness.fit(odd, weight)
 
 
