@@ -152,3 +152,23 @@ def test_cells_that_cannot_be_are_named():
         DensityEstimator(**FAST).fit(pl.DataFrame({"a": range(20), "b": range(20)})).score_samples(
             pl.DataFrame({"a": range(3)})
         )
+
+
+def test_methods_that_depend_on_the_fit_read_every_kind():
+    pl = pytest.importorskip("polars")
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"n": rng.integers(0, 9, 90), "x": rng.normal(size=90), "k": ["a", "b"] * 45}
+    )
+    table = pl.from_pandas(frame)
+    model = DensityEstimator(random_state=0, max_steps=5).fit(table)
+    proba = model.predict_proba(table.drop("k"), "k")
+    assert isinstance(proba, pl.DataFrame) and proba.columns == ["a", "b"]
+    asked = model.predict_proba(frame.drop(columns="k"), "k")
+    np.testing.assert_allclose(proba.to_numpy(), asked.to_numpy())
+    assert list(model.predict(table, "k")) == list(model.predict(frame, "k"))
+    flow = DensityEstimator(flow="realnvp", random_state=0, max_steps=5).fit(table)
+    noise = flow.transform(table)
+    assert isinstance(noise, pl.DataFrame)
+    np.testing.assert_allclose(noise.to_numpy(), flow.transform(frame).to_numpy())
+    assert flow.inverse_transform(noise, table)["n"].to_list() == frame["n"].to_list()

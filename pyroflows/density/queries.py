@@ -221,7 +221,7 @@ def noise_of(engine: FlowEngine, frame: pd.DataFrame) -> pd.DataFrame:
 
 def rows_of(engine: FlowEngine, noise: Any, frame: pd.DataFrame | None) -> pd.DataFrame:
     """The rows that noise makes, of the context that a frame has."""
-    noise, schema, index = torch.as_tensor(np.array(noise)), engine.schema, None
+    noise, schema, index = torch.as_tensor(np.array(noise, float)), engine.schema, None
     values = np.full((len(noise), len(schema)), np.nan)
     if frame is not None:
         values, index = schema.encode(frame, partial=True), frame.index

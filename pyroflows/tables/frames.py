@@ -161,11 +161,15 @@ def takes_tables(*names: str) -> Callable[[type], type]:
     """
 
     def decorate(kind: type) -> type:
-        for name, method in list(vars(kind).items()):
+        for name, entry in list(vars(kind).items()):
+            method = getattr(entry, "method", entry)  # of a method that is there on a condition
             if name.startswith("_") or not inspect.isfunction(method):
                 continue
             if set(names) & set(inspect.signature(method).parameters):
-                setattr(kind, name, _in_kind(method))
+                if method is entry:
+                    setattr(kind, name, _in_kind(method))
+                else:
+                    entry.method = _in_kind(method)
         return kind
 
     return decorate
