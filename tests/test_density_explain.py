@@ -138,10 +138,10 @@ def clinic():
             "pregnant": np.where((sex == "f") & (rng.random(n) < 0.3), "yes", "no"),
             "income": income,
             "tax": np.round(income * (0.2 + 0.02 * rng.normal(size=n)) / 100, 1),
-            **{f"x{i}": rng.standard_t(3, n) for i in range(6)},
+            **{f"x{i}": rng.standard_t(3, n) for i in range(2)},
         }
     )
-    model = DensityEstimator(max_steps=150, members=2, random_state=0).fit(table[: n // 2])
+    model = DensityEstimator(max_steps=120, members=2, random_state=0).fit(table[: n // 2])
     return model, table[n // 2 :]
 
 
@@ -185,17 +185,17 @@ def test_rows_of_cells_that_do_not_belong_together_are_as_odd_as_by_density(clin
     assert new > max(old, 0.85)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.05])
-def test_contamination_is_the_share_of_fresh_rows(clinic, share):
+def test_contamination_is_the_share_of_fresh_rows(clinic):
     model, rows = clinic
-    found = model.predict_outliers(rows, share).mean()
-    noise = np.sqrt(share * (1 - share) * (1 / len(rows) + 1 / 1500))
-    assert abs(found - share) < 4 * noise
-    score = model.outlier_score(rows)
-    np.testing.assert_array_equal(model.predict_outliers(rows, share), score > -np.log(share))
-    tails = model.explain(rows.iloc[:600]).tail
-    seen = (tails < share).mean(axis=None)
-    assert 0.5 * share < seen < 1.5 * share
+    score, tails = model.outlier_score(rows), model.explain(rows.iloc[:400]).tail
+    for share in (0.2, 0.05):
+        found = score > -np.log(share)
+        noise = np.sqrt(share * (1 - share) * (1 / len(rows) + 1 / 1500))
+        assert abs(found.mean() - share) < 4 * noise
+        few = model.predict_outliers(rows.iloc[:200], share)
+        np.testing.assert_array_equal(few, found[:200])
+        seen = (tails < share).mean(axis=None)
+        assert 0.5 * share < seen < 1.5 * share
 
 
 def test_impossible_and_broken_rows_are_infinitely_odd(joint, table):
@@ -227,7 +227,7 @@ def test_calibration_is_saved_and_older_files_fall_back_on_densities(joint, tabl
 def test_the_wrong_cell_is_blamed_and_what_it_should_be_is_told(clinic, given):
     model, rows = clinic
     for cells in PLANTED if given == "earlier" else PLANTED[2:4]:
-        odd = planted(rows, **cells).iloc[:4]
+        odd = planted(rows, **cells).iloc[: 4 if given == "earlier" else 2]
         explained = model.explain(odd, given=given)
         worst = explained.tail.idxmin(axis=1)
         assert worst.isin(list(cells)).mean() > 0.8, (cells, worst.tolist())
@@ -240,8 +240,8 @@ def test_the_wrong_cell_is_blamed_and_what_it_should_be_is_told(clinic, given):
 
 def test_a_stranger_leaves_the_other_cells_without_blame(clinic):
     model, rows = clinic
-    few = rows.iloc[:3]
     for given in ("earlier", "others"):  # in the others' eyes, after a second look
+        few = rows.iloc[: 3 if given == "earlier" else 2]
         fair = model.explain(few, given=given).tail.drop(columns="age")
         odd = model.explain(few.assign(age=-3), given=given).tail.drop(columns="age")
         assert (odd.min(axis=1) > 0.05 * fair.min(axis=1)).all()

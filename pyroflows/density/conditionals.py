@@ -44,7 +44,8 @@ class Conditional(abc.ABC):
     def __getitem__(self, rows: Tensor) -> Self:
         """The same for some of the rows."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return type(self)(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in parts.items()})
+        split = {k: v[rows] for k, v in parts.items() if isinstance(v, (Tensor, Conditional))}
+        return type(self)(**(parts | split))
 
     @abc.abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from pyroflows.density.flow_engine import FlowEngine
 from pyroflows.density.inputs import Evidence, Inputs, check_settings, count, read_schema, weights
 from pyroflows.density.mixed_engine import MixedEngine
 from pyroflows.density.model import TableModel
+from pyroflows.density.oddness import by_quantiles
 from pyroflows.density.predict import label_table, predicted, target_of
 from pyroflows.density.quality import Report, compare, drawn_like
 from pyroflows.density.queries import (
@@ -42,7 +43,7 @@ from pyroflows.density.queries import (
     summary,
 )
 from pyroflows.density.streaming import Source, TableFile, shards_of
-from pyroflows.density.surprise import by_quantiles, oddness_of, row_oddness
+from pyroflows.density.surprise import oddness_of, row_oddness
 from pyroflows.flow import Flow
 from pyroflows.tables import as_frame
 from pyroflows.tables.frames import takes_tables

@@ -14,9 +14,19 @@ from pyroflows.density.cellwise import target_names
 from pyroflows.density.completions import averages
 from pyroflows.density.conditionals import Labels
 from pyroflows.density.model import TableModel
+from pyroflows.density.oddness import Oddness
 from pyroflows.density.others import given_others
 from pyroflows.density.pictures import picture
-from pyroflows.density.surprise import STRANGE, Oddness, expected, gap_or_tail, judged, stranger
+from pyroflows.density.surprise import (
+    STATISTICS,
+    STRANGE,
+    distance,
+    expected,
+    gap_or_tail,
+    judged,
+    own_cells,
+    stranger,
+)
 from pyroflows.density.uniforms import Uniforms
 from pyroflows.tables import Schema
 from pyroflows.tables.inputs import check_half_known
@@ -132,9 +142,13 @@ def shown(value: Any) -> str:
 
 @dataclasses.dataclass
 class _Verdicts:
-    """Of the cells of N rows and T targets: numbers of shape (N, T), most probable codes."""
+    """Of the cells of N rows and T targets: numbers of shape (N, T), most probable codes.
+
+    Distances have shape (3, N, T).
+    """
 
     odd: Tensor
+    far: Tensor
     nats: Tensor
     lower: Tensor
     middle: Tensor
@@ -145,13 +159,15 @@ class _Verdicts:
     @classmethod
     def blank(cls, n: int, t_count: int) -> _Verdicts:
         """Nothing known."""
-        a, b, c, d, e = torch.full((5, n, t_count), torch.nan, dtype=torch.float64)
+        odd, nats, *ends = torch.full((5, n, t_count), torch.nan, dtype=torch.float64)
+        far = torch.full((STATISTICS - 1, n, t_count), torch.nan, dtype=torch.float64)
         codes = [torch.zeros(n, 0)] * t_count
-        return cls(a, b, c, d, e, codes, torch.zeros(n, t_count).long())
+        low, middle, high = ends
+        return cls(odd, far, nats, low, middle, high, codes, torch.zeros(n, t_count).long())
 
     def note(self, rows: Tensor, t: int, law: Any, x: Tensor, odd: Tensor, cover: float) -> None:
         """Write down what a distribution says of the cells x of target t."""
-        self.odd[rows, t] = odd
+        self.odd[rows, t], self.far[:, rows, t] = odd, distance(law, x, odd)
         self.nats[rows, t] = torch.where(x.isnan(), torch.nan, law.log_prob(x.nan_to_num(0.0)))
         if not isinstance(law, Labels):
             p = torch.tensor([0.5 - cover / 2, 0.5, 0.5 + cover / 2], dtype=torch.float64)
@@ -187,24 +203,20 @@ def explain(
     check_half_known(schema, frame)
     values = torch.from_numpy(schema.encode(frame))
     found = _Verdicts.blank(len(values), len(model.targets))
-    early = torch.empty_like(found.odd)
+    early = torch.empty(STATISTICS, *found.odd.shape, dtype=torch.float64)
     for part in torch.arange(len(values)).split(model.chunk):
         for t, law, odd in judged(model, values[part], pattern=pattern):
-            early[part, t] = odd
+            own = own_cells(model, values[part], t)
+            early[0, part, t], early[1:, part, t] = odd, distance(law, own, odd)
             if given == "earlier":
-                found.note(part, t, law, _own(model, values[part], t), odd, coverage)
+                found.note(part, t, law, own, odd, coverage)
     if given == "others":
         _among_others(found, model, values, coverage, pattern)
     nats = oddness(early)
     nats[torch.from_numpy(schema.broken(frame))] = torch.inf
     rows = pd.Series((-nats).exp().numpy(), frame.index, name="tail")
-    found.odd = oddness.calibrated(found.odd)
+    found.odd = oddness.calibrated(torch.cat([found.odd[None], found.far]))
     return _assembled(found, model, frame, values, rows, coverage)
-
-
-def _own(model: TableModel, values: Tensor, t: int) -> Tensor:
-    """The cells of target t."""
-    return values[:, model.order[model.num_given + t]]
 
 
 def _among_others(

@@ -11,7 +11,7 @@ from pyroflows.density.engine import Engine
 from pyroflows.density.flow_engine import FlowEngine
 from pyroflows.density.header import check_header
 from pyroflows.density.mixed_engine import MixedEngine
-from pyroflows.density.surprise import Oddness
+from pyroflows.density.oddness import Oddness
 from pyroflows.tables import Schema
 from pyroflows.tables.values import from_json, to_json
 
@@ -131,7 +131,8 @@ def _estimator(kind: Any, header: dict[str, Any], schema: Schema, engine: Engine
     out._score_quantiles = np.array(header["score_quantiles"])
     out._column_nats = header["column_nats"]
     held = header.get("oddness")
-    out.oddness_ = None if held is None else Oddness.from_json(held)
+    targets = len(schema) - header["num_given"]
+    out.oddness_ = None if held is None else Oddness.from_json(held, targets)
     out.history_ = pd.DataFrame(**header["history"])
     return out
 

@@ -59,7 +59,8 @@ def _check_oddness(held: Any, targets: int) -> None:
     """Tails of row statistics and of targets: values, nats, a scale; older files lack them."""
     if held is None:
         return
-    claim(isinstance(held, list) and len(held) == 3 + targets, "oddness does not fit the columns")
+    sizes = (3 + targets, 3 + 5 * targets)  # without and with distances
+    claim(isinstance(held, list) and len(held) in sizes, "oddness does not fit the columns")
     for tail in held:
         fits = isinstance(tail, list) and len(tail) == 3 and all(isinstance(p, list) for p in tail)
         fits = fits and 1 <= len(tail[0]) == len(tail[1]) <= 256 and len(tail[2]) == 1
