@@ -138,7 +138,7 @@ def clinic():
             "pregnant": np.where((sex == "f") & (rng.random(n) < 0.3), "yes", "no"),
             "income": income,
             "tax": np.round(income * (0.2 + 0.02 * rng.normal(size=n)) / 100, 1),
-            **{f"x{i}": rng.standard_t(3, n) for i in range(2)},
+            **{f"x{i}": rng.standard_t(3, n) for i in range(4)},
         }
     )
     model = DensityEstimator(max_steps=120, members=2, random_state=0).fit(table[: n // 2])

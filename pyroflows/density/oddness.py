@@ -16,6 +16,7 @@ KNOTS = 48  # of a calibration
 BEYOND = 0.01  # share of the held-out rows past which the tail is extrapolated
 FAR = 0.03  # the same, of distances
 CLOSE = 0.03  # least scale of log-distances: where a column ends, held-out ones end too
+SURER = 3.0  # nats by which a distance must be rarer than a surprise, to speak for a cell
 FEW = 16  # knots of what matters in its tail alone
 
 
@@ -151,7 +152,7 @@ class Oddness:
         """-log of the share of held-out rows whose cell is at least as odd, (N, T)."""
         odd = _each(self.tails[0], seen[0])
         for tails, far in zip(self.tails[1:], seen[1:], strict=False):
-            odd = torch.maximum(odd, _each(tails, far))
+            odd = torch.maximum(odd, _each(tails, far) - SURER)
         return _each(self.rarest, odd) if self.rarest else odd
 
     def __call__(self, seen: Tensor) -> Tensor:
