@@ -232,7 +232,7 @@ def several():
         {"size": ("M", "L"), "age": {20, 21, 22}},
         {"age": lambda cells: cells % 2 == 0, "country": "US"},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_spellings_of_every_kind(several, given):
     assert fulfils(several.sample(40, given), given).all()
