@@ -48,7 +48,8 @@ def perceptron(
         Shape ``(batch, outputs)``, or its transpose.
     """
     weights, biases = zip(*layers, strict=True)
-    if _is_large(x, weights) and _applies(x) and all(w.dtype == x.dtype for w in weights):
+    # sizes are asked last: where a graph is traced, asking would bind it to them
+    if _applies(x) and _is_large(x, weights) and all(w.dtype == x.dtype for w in weights):
         return _Perceptron.apply(x, shift, feature_major, *weights, *biases)
     return _plain(x, shift, feature_major, *weights, *biases)
 

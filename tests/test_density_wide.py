@@ -155,7 +155,7 @@ def test_budget_tells_once() -> None:
     budget.tell("did less")
     budget.tell("did less")
     with pytest.warns(UserWarning, match="max_time=1e-09 s did less; more time would help"):
-        budget.warn(stacklevel=1)
+        budget.warn()
 
 
 def test_the_clock_changes_nothing_that_it_does_not_cut() -> None:
