@@ -15,7 +15,7 @@ from pyroflows.bijection import Bijection
 from pyroflows.density.conditionals import Conditional
 from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
 from pyroflows.density.fitting import fit_cells
-from pyroflows.density.flow_draws import pupil_of, weighted
+from pyroflows.density.flow_draws import ROWS, pupil_of, weighted
 from pyroflows.density.flow_files import restore, stored
 from pyroflows.density.flow_labels import LabelSide
 from pyroflows.density.flow_numbers import NumberSide, own_uniforms
@@ -37,7 +37,6 @@ from pyroflows.training.seeds import seeded
 
 __all__ = ["FlowEngine"]
 
-ROWS = 8192  # at once
 LABELS = 0.35  # share of the time that labels may take
 
 
