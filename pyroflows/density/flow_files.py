@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroflows.density.flow_labels import LabelSide
 from pyroflows.density.flow_numbers import NumberSide
 from pyroflows.density.flow_training import Make, in_data_units, new_flow
-from pyroflows.density.header import check_cells, check_sizes, claim
+from pyroflows.density.header import check_cells, check_sizes, claim, part
 from pyroflows.density.mixed_engine import MixedEngine, read_cells
 from pyroflows.density.scores import Marginals, NormalScores
 from pyroflows.flow import Flow
@@ -27,8 +27,8 @@ def stored(
     last = f"transform.parts.{len(flow.transform) - 1}."
     state = flow.state_dict()
     tensors = {f"flow.{k}": v for k, v in state.items() if not k.startswith(last)}
-    for i, part in enumerate(numbers.marginals.parts):
-        tensors |= {f"marginal{i}.{k}": v for k, v in part.state_dict().items()}
+    for i, scores in enumerate(numbers.marginals.parts):
+        tensors |= {f"marginal{i}.{k}": v for k, v in scores.state_dict().items()}
     for i, j in enumerate(order):
         cells = numbers.cells[j].state_dict()
         tensors |= {f"cell{i}.{k}": v for k, v in cells.items()}
@@ -48,10 +48,6 @@ def restore(
     Raises:
         ValueError: If tensors do not fit the header, naming the tensor.
     """
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
     order, given = header["order"], header["num_given"]
     check_sizes(header["sizes"])
     columns = [j for j in order[given:] if not schema.columns[j].is_label]
@@ -60,13 +56,13 @@ def restore(
     found = read_cells(tensors, len(order))
     cells = [found[order.index(j)] for j in range(len(order))]
     told = [j for j in order if j not in columns]
-    maps = [NormalScores.from_state(part(f"marginal{i}.")) for i in range(len(columns))]
+    maps = [NormalScores.from_state(part(tensors, f"marginal{i}.")) for i in range(len(columns))]
     numbers = NumberSide(cells, told, columns, Marginals(maps))
-    flow = _flow(make, numbers, header["sizes"], part("flow."))
+    flow = _flow(make, numbers, header["sizes"], part(tensors, "flow."))
     engine, fields = None, header["labels"]
     if fields is not None:
         own = Schema.from_json(fields["schema"])
-        engine = MixedEngine.from_state(own, part("labels."), fields)
+        engine = MixedEngine.from_state(own, part(tensors, "labels."), fields)
     return flow, numbers, LabelSide(numbers, schema.columns, told, given, engine)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroflows.tables import Schema
 
-__all__ = ["check_cells", "check_header", "check_sizes", "check_tensors", "claim"]
+__all__ = ["check_cells", "check_header", "check_sizes", "check_tensors", "claim", "part"]
 
 FIELDS: dict[str, type | tuple[type, ...]] = dict(
     schema=list,
@@ -297,3 +297,8 @@ def claim(holds: bool, message: str) -> None:
     """Raise an error unless something holds."""
     if not holds:
         raise ValueError(message)
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -13,7 +13,7 @@ from pyroflows.density.completions import averages, complete
 from pyroflows.density.conditionals import Conditional
 from pyroflows.density.engine import Engine, Fit, Settings, TrainingTable
 from pyroflows.density.fitting import fit_mixed, fit_more
-from pyroflows.density.header import check_tensors
+from pyroflows.density.header import check_tensors, part
 from pyroflows.density.mixtures import MixedMixture
 from pyroflows.density.model import TableModel
 from pyroflows.density.restricted import regions_of
@@ -141,12 +141,8 @@ class MixedEngine(Engine):
     ) -> Self:
         """Checked before anything is built."""
         check_tensors(header, schema, tensors)
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
         cells = read_cells(tensors, len(header["order"]))
-        state = part("mixture.")
+        state = part(tensors, "mixture.")
         mixture = None
         if state:
             flags = [c.is_label for c in cells]
@@ -164,7 +160,7 @@ class MixedEngine(Engine):
                 reads=header.get("reads"),
                 **header["config"],
             )
-        model.load_state_dict(part("model."))
+        model.load_state_dict(part(tensors, "model."))
         model.nets.requires_grad_(False)
         return cls(model=model.eval())
 
